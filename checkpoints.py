@@ -1,0 +1,112 @@
+"""
+Checkpoints: written so that no kill can lose the last good one, read so that nothing is loaded in
+silence. Plain tensors and plain types only; the config is inside, so a file says what it is.
+"""
+import os
+from pathlib import Path
+
+import torch
+
+from data import InputError
+from model import resize_bias_table, swin_from_torchvision
+
+PARTS = ("backbone", "bifpn", "decoder")        # what a task can inherit (Table 4)
+
+
+def save(state, path):
+    """Write under another name, flush, rename: a kill at any moment leaves a whole checkpoint."""
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def read(path, flag):
+    """Read a checkpoint of ours; plain tensors and plain types only."""
+    if not Path(path).is_file():
+        raise InputError(f"{flag} {path}: no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:              # torch raises a zoo of types for broken files
+        first = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error)
+        raise InputError(f"{flag} {path}: not a readable checkpoint ({first})") from None
+    if not isinstance(state, dict) or "model" not in state or "config" not in state:
+        raise InputError(f"{flag} {path}: not a checkpoint of nanoGLID (no model and config in it)")
+    return state
+
+
+def load_parts(glid, path, parts, state):
+    """Copy the named parts of a pre-trained GLID; every tensor of a part must be there and fit."""
+    checkpoint = read(path, "--init")
+    for part in parts:
+        if part not in PARTS:
+            raise InputError(f"--load {part}: parts are {', '.join(PARTS)}")
+        prefix = f"glid.{part}."
+        found = {k[len(prefix):]: v for k, v in checkpoint["model"].items() if k.startswith(prefix)}
+        found = {k: resize_bias_table(v, glid.config.window) if k.endswith("bias_table") else v
+                 for k, v in found.items()}
+        own = getattr(glid, part).state_dict()
+        bad = [k for k in own.keys() | found.keys()
+               if k not in own or k not in found or own[k].shape != found[k].shape]
+        if bad:
+            raise InputError(f"--init {path}: its {part} does not fit ({len(bad)} tensors, e.g. "
+                             f"{sorted(bad)[0]}); it was made with --preset "
+                             f"{checkpoint.get('preset')} {checkpoint['config']}")
+        getattr(glid, part).load_state_dict(found)
+        state.say(f"{part}: loaded {len(found)} of {len(own)} tensors")
+    for part in set(PARTS) - set(parts):
+        state.say(f"{part}: from scratch")
+
+
+def load_torchvision(glid, spec, state):
+    """--init-backbone torchvision:FILE, a state dict of torchvision's SwinTransformer."""
+    kind, _, path = spec.partition(":")
+    if kind != "torchvision" or not Path(path).is_file():
+        raise InputError(f"--init-backbone {spec}: give torchvision:FILE with an existing file")
+    found = swin_from_torchvision(torch.load(path, map_location="cpu", weights_only=True),
+                                  glid.config)
+    own = glid.backbone.state_dict()
+    missing = own.keys() - found.keys()
+    wrong = [k for k in found if k not in own or own[k].shape != found[k].shape]
+    # a classifier has no norms on its stages 1-3
+    if wrong or missing != {f"norms.{i}.{w}" for i in range(3) for w in ("weight", "bias")}:
+        raise InputError(f"--init-backbone {spec}: not the Swin of this preset "
+                         f"(e.g. {(wrong + sorted(missing))[0]})")
+    glid.backbone.load_state_dict(own | found)
+    state.say(f"backbone: loaded {len(found)} of {len(own)} tensors from torchvision")
+
+
+def resume(args, model, optimizer, state):
+    """Restore OUT/last.pt with --resume, OUT/best.pt with --eval, else see that OUT is new.
+
+    Returns (step, best metric so far or None).
+    """
+    path = Path(args.out, "best.pt" if args.eval else "last.pt")
+    if not (args.resume or args.eval):
+        if path.exists():
+            raise InputError(f"--out {args.out}: holds a run already; --resume continues it, "
+                             "another --out starts a new one")
+        return 0, None
+    checkpoint = read(path, "--out")
+    try:
+        model.load_state_dict(checkpoint["model"])
+        if not args.eval:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--out {path}: was made with other flags, preset "
+                         f"{checkpoint['preset']} ({str(error).splitlines()[0]})") from None
+    state.say(f"{path}: step {checkpoint['step']}")
+    return checkpoint["step"], checkpoint["best"]
+
+
+def keep(args, model, optimizer, state, step, best, is_best=False, **more):
+    """Rank 0 writes OUT/last.pt, from which a run resumes, and OUT/best.pt, which holds no
+    optimiser. Both know what they are: config, preset, flags."""
+    if state.rank == 0:
+        content = {"model": model.state_dict(), "step": step, "best": best, "preset": args.preset,
+                   "config": model.glid.config.to_dict(), "args": vars(args), **more}
+        if is_best:
+            save(content, Path(args.out, "best.pt"))
+        save(content | {"optimizer": optimizer.state_dict()}, Path(args.out, "last.pt"))

@@ -1,0 +1,321 @@
+"""
+From files (or ToyWorld) to batches: reading photos, joint augmentation, padding.
+
+A data set is opened by open_pretraining() / open_segmentation() from a folder or the word
+"toyworld". Its samples are addressed by (epoch, index); every random choice of a sample (crop,
+flip, colours, which units are hidden) is drawn from a generator seeded with (seed, epoch, index),
+so it is the same for any number of workers or processes, and after a resume.
+
+Photos stay uint8 until they are on the device: a quarter of the bytes to copy and to crop.
+"""
+import contextlib
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, ImageOps
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+import toyworld
+
+IGNORE = 255                                    # label of pixels that belong to no class
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
+ImageFile.LOAD_TRUNCATED_IMAGES = False         # half a photo is an error, not a grey half
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. One line: the file or flag, and the way out."""
+
+
+def mix(*numbers):
+    """One 63-bit seed from several integers; a change of any changes all bits."""
+    return random.Random(",".join(map(str, numbers))).getrandbits(63)
+
+
+@contextlib.contextmanager
+def seeded(*numbers):
+    """torch's global generator, which torchvision's transforms use, seeded inside the block."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(*numbers))
+        yield
+
+
+# -----------------------------------------------------------------------------
+# Photos
+
+
+def read_image(path):
+    """Any photo -> uint8 [3, H, W], upright.
+
+    Grey, palette, CMYK and alpha become RGB, 16 bits become 8, EXIF rotation is applied. A file
+    that cannot be read in full raises InputError with its name.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):                  # 16 bit: PIL's convert would clip
+                wide = np.asarray(image).astype(np.int64)
+                if wide.min() < 0 or wide.max() > 65535:
+                    raise InputError(f"{path}: 32-bit image; save it with 8 or 16 bits per channel")
+                image = Image.fromarray((wide // 257).astype(np.uint8))
+            elif image.mode == "F":
+                raise InputError(f"{path}: floating-point image; save it with 8 or 16 bits")
+            elif image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")               # else PIL warns on every such file
+            array = np.array(image.convert("RGB"))
+    except Image.DecompressionBombError:
+        raise InputError(f"{path}: too many pixels ({Image.MAX_IMAGE_PIXELS} is the limit); "
+                         "shrink or remove it") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: not a readable image ({error}); replace or remove it") from None
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def list_images(folder):
+    """All photos below a folder, nested or flat, sorted by path; labels are never needed."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"--data {folder}: no such folder")
+
+    def refuse(error):
+        raise InputError(f"--data {error.filename}: cannot be read ({error.strerror})")
+    tree = os.walk(folder, onerror=refuse, followlinks=True)
+    found = [Path(root, name) for root, _, names in tree for name in names
+             if Path(name).suffix.lower() in SUFFIXES and name[0] != "."]
+    if not found:
+        raise InputError(f"--data {folder}: no photos in it ({' '.join(sorted(SUFFIXES))})")
+    return sorted(found)
+
+
+class Photos:
+    """Photos of a folder as samples {"image": uint8 [3, H, W]}."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        return {"image": tv_tensors.Image(read_image(self.files[index]))}
+
+
+# -----------------------------------------------------------------------------
+# ToyWorld
+
+
+class ToyWorld:
+    """ToyWorld scenes as samples, drawn once when the data set is opened.
+
+    Forked data processes share the drawn scenes; nothing is drawn twice.
+    keys: which annotations to keep besides the image.
+    """
+    classes = toyworld.CLASSES
+    things = len(toyworld.THINGS)
+
+    def __init__(self, split, count, size, seed=0, keys=()):
+        first = toyworld.SPLIT_START[split]
+        self.samples = []
+        for i in tqdm(range(count), desc=f"drawing ToyWorld {split}", leave=False, disable=None):
+            scene = toyworld.scene(seed, first + i, size)
+            image = torch.from_numpy(scene["image"]).permute(2, 0, 1).contiguous()
+            self.samples.append({"image": image} | {k: torch.from_numpy(scene[k]) for k in keys})
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        sample = dict(self.samples[index])
+        sample["image"] = tv_tensors.Image(sample["image"])
+        if "semantic" in sample:
+            sample["semantic"] = tv_tensors.Mask(sample["semantic"])
+        return sample
+
+
+def toy_count(path, default):
+    """"toyworld" or "toyworld:COUNT" -> number of scenes, None for a folder."""
+    name, _, count = str(path).partition(":")
+    if name != "toyworld":
+        return None
+    if count and (not count.isdigit() or int(count) < 1):
+        raise InputError(f"--data {path}: COUNT must be a positive number, as in toyworld:1000")
+    return int(count) if count else default
+
+
+# -----------------------------------------------------------------------------
+# Pre-training
+
+
+def hidden_units(strategy, side, ratio):
+    """Which units of a side x side image the encoder must not see: bool [side, side].
+
+    The count depends on (side, ratio) alone, so that images of a batch stay aligned.
+    random: side**2 - int(side**2 * (1 - ratio)) units, uniformly (MAE's rounding).
+    block:  rectangles as BEiT's until that many are hidden, the last one cut to fit.
+    grid:   one corner of every 2x2 cell stays; the ratio is 0.75 by construction.
+    """
+    units = side * side
+    count = units - int(units * (1 - ratio))
+    hidden = torch.zeros(side, side, dtype=torch.bool)
+    if strategy == "grid":
+        hidden[:] = True
+        hidden[::2, ::2] = False
+    elif strategy == "random":
+        hidden.view(-1)[torch.randperm(units)[:count]] = True
+    else:
+        while (left := count - int(hidden.sum())) > 0:
+            area = side * (1 + torch.rand(()) * (side / 2 - 1))         # a row to half the image
+            aspect = torch.exp((torch.rand(()) * 2 - 1) * 1.2)          # 0.3 .. 3.3, as BEiT
+            h = int((area * aspect).sqrt().round().clamp(1, side))
+            w = int((area / aspect).sqrt().round().clamp(1, side))
+            y, x = (int(torch.randint(side - n + 1, ())) for n in (h, w))
+            new = torch.zeros_like(hidden)
+            new[y:y + h, x:x + w] = True
+            new = (new & ~hidden).view(-1).nonzero()[:, 0]
+            hidden.view(-1)[new[torch.randperm(len(new))[:left]]] = True
+    return hidden
+
+
+class Pretraining:
+    """Crops and masks: (epoch, index) -> (uint8 [3, S, S], hidden bool [S / unit, S / unit])."""
+
+    def __init__(self, source, train, size, unit, mask, ratio, seed):
+        self.source, self.seed, self.train = source, seed, train
+        self.mask = (mask, size // unit, ratio)
+        bicubic = InterpolationMode.BICUBIC
+        self.transform = v2.Compose([                                   # MAE's, the paper says
+            v2.RandomResizedCrop(size, scale=(0.2, 1), interpolation=bicubic, antialias=True),
+            v2.RandomHorizontalFlip(),
+        ] if train else [v2.Resize(size, bicubic, antialias=True), v2.CenterCrop(size)])
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, at):
+        epoch, index = at
+        with seeded(self.seed, int(self.train), epoch, index):
+            image = self.transform(self.source[index]["image"])
+            return image.as_subclass(torch.Tensor), hidden_units(*self.mask)
+
+
+def open_pretraining(path, config, mask="random", ratio=0.75, seed=0):
+    """(training set, validation set) of Pretraining samples.
+
+    path: "toyworld[:COUNT]", or a folder with train/ and val/ inside (ImageNet's layout), or any
+    folder of photos, of which every 20th in path order is then kept for validation.
+    """
+    side = config.image_size // config.unit
+    if not 0 < ratio < 1 or not 0 < int(side * side * (1 - ratio)):
+        raise InputError(f"--mask-ratio {ratio}: leaves nothing to see or to predict of "
+                         f"{side * side} units")
+    if mask == "grid" and (ratio != 0.75 or side % 2):
+        raise InputError("--mask grid keeps one unit of four: it needs --mask-ratio 0.75 and an "
+                         "even number of units")
+    count = toy_count(path, 8192)
+    if count:
+        sources = [ToyWorld("train", count, config.image_size),
+                   ToyWorld("val", min(count, 256), config.image_size)]
+    elif Path(path, "train").is_dir():
+        train = list_images(Path(path, "train"))
+        val = Path(path, "val")
+        sources = [Photos(train), Photos(list_images(val))] if val.is_dir() else hold_out(train)
+    else:
+        sources = hold_out(list_images(path))
+    return [Pretraining(s, train, config.image_size, config.unit, mask, ratio, seed)
+            for s, train in zip(sources, (True, False))]
+
+
+def hold_out(files):
+    """Split a list of files: every 20th validates, at least one."""
+    if len(files) < 2:
+        raise InputError(f"--data {files[0].parent}: one photo; training and validation need two")
+    return [Photos([f for i, f in enumerate(files) if i % 20]), Photos(files[::20])]
+
+
+# -----------------------------------------------------------------------------
+# Segmentation
+
+
+class CropToFit:
+    """Random crop of at most size x size; a smaller image stays as it is (the batch pads it, and
+    the network does not see padding, unlike the grey border that RandomCrop would add)."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, sample):
+        height, width = sample["image"].shape[-2:]
+        h, w = min(height, self.size), min(width, self.size)
+        top, left = (int(torch.randint(n + 1, ())) for n in (height - h, width - w))
+        box = (top, left, h, w)
+        return {k: v2.functional.crop(v, *box) if isinstance(v, tv_tensors.TVTensor) else v
+                for k, v in sample.items()}
+
+
+def segmentation_transform(train, size):
+    """Mask2Former's recipe for ADE20K: scale 0.5..2, crop, SSD's colour jitter, flip; at test the
+    shortest edge becomes `size`, the longest at most 4 times that."""
+    if not train:
+        return v2.RandomShortestSize([size], max_size=4 * size, antialias=True)
+    scales = [int(size * s / 10) for s in range(5, 21)]
+    return v2.Compose([v2.RandomShortestSize(scales, max_size=4 * size, antialias=True),
+                       CropToFit(size), v2.RandomPhotometricDistort(),
+                       v2.RandomHorizontalFlip()])
+
+
+class Segmentation:
+    """(epoch, index) -> dict for collate().
+
+    Training: image uint8 [3, H, W], labels int64 [N], masks bool [N, H, W], one per class present.
+    Test:     image as the network gets it, semantic uint8 [H0, W0] at the original size.
+    """
+
+    def __init__(self, source, train, size, seed):
+        self.source, self.train, self.seed = source, train, seed
+        self.classes = source.classes
+        self.transform = segmentation_transform(train, size)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, at):
+        epoch, index = at
+        sample = self.source[index]
+        if not self.train:
+            return {"image": self.transform(sample["image"]), "semantic": sample["semantic"]}
+        with seeded(self.seed, epoch, index):
+            sample = self.transform(sample)
+        semantic = sample["semantic"].as_subclass(torch.Tensor)
+        labels = semantic.unique()
+        labels = labels[labels != IGNORE]
+        return {"image": sample["image"], "labels": labels.long(),
+                "masks": semantic == labels[:, None, None]}
+
+
+def open_segmentation(path, size, fraction=1.0, seed=0):
+    """(training set, validation set) for semantic segmentation. path: "toyworld[:COUNT]"."""
+    count = toy_count(path, 256)
+    if not count:
+        raise InputError(f"--data {path}: only toyworld can be segmented so far")
+    sources = [ToyWorld(split, n, size, keys=["semantic"])
+               for split, n in (("train", count), ("val", min(count, 256)))]
+    sources[0].samples = sources[0].samples[:max(1, round(fraction * count))]
+    return [Segmentation(s, train, size, seed) for s, train in zip(sources, (True, False))]
+
+
+def collate(samples):
+    """Samples with images of any sizes -> images uint8 [B, 3, H, W] padded at the bottom and right,
+    sizes int64 [B, 2] = (h, w) px, targets: list of B dicts with everything else."""
+    images = [s["image"].as_subclass(torch.Tensor) for s in samples]
+    sizes = torch.tensor([i.shape[-2:] for i in images])
+    height, width = sizes.amax(0).tolist()
+    batch = images[0].new_zeros(len(images), 3, height, width)
+    for canvas, image in zip(batch, images):
+        canvas[:, :image.shape[1], :image.shape[2]] = image
+    targets = [{k: v.as_subclass(torch.Tensor) for k, v in s.items() if k != "image"}
+               for s in samples]
+    return batch, sizes, targets

@@ -1,0 +1,204 @@
+"""
+Stage 2: segmentation with the whole pre-trained GLID, a linear head and M zero offsets e_i.
+
+    python finetune_seg.py --preset tiny --init out/pretrain/best.pt        with pre-training
+    python finetune_seg.py --preset tiny --out out/scratch                  from scratch
+    python finetune_seg.py --preset tiny --init out/pretrain/best.pt --load backbone   (Table 4)
+The paper's recipe: 160 k steps of 16 images at 640 px, 100 queries, on 8 GPUs:
+    torchrun --nproc_per_node=8 finetune_seg.py --data ... --init out/base/best.pt --batch-size 2
+
+Losses, augmentation, schedule and inference are Mask2Former's, without its masked attention, which
+the paper does not mention. OUT holds last.pt, best.pt, log.jsonl and samples/*.png: photo, truth,
+prediction.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import checkpoints
+import training
+from data import IGNORE, collate, open_segmentation
+from losses import segmentation_loss
+from metrics import MeanIoU
+from model import Segmenter, normalize
+
+QUERIES = {"semantic": 100}                         # [paper]
+PRESETS = {
+    # two CPU cores, about a minute
+    "tiny": dict(data="toyworld", out="out/semantic", steps=320, size=64, batch_size=16,
+                 points=1024, lr=1e-3, backbone_lr=1.0, workers=1, eval_every=160, queries=32),
+    "small": dict(backbone_lr=1.0),
+}
+
+
+def flags():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    training.add_flags(parser)
+    training.add_finetune_flags(parser)
+    add = parser.add_argument
+    add("--tasks", default="semantic", choices=["semantic"], help="what to segment")
+    add("--size", type=int, default=640, help="side of the training crop, shortest side at test")
+    add("--queries", type=int, help="M; the paper's 100 by default")
+    add("--points", type=int, default=12544, help="sampled points per mask")
+    add("--weight-decay", type=float, default=0.05)
+    add("--clip", type=float, default=0.01, help="gradient norm; Mask2Former's")
+    add("--eval-every", type=int, default=5000, help="steps between evaluations")
+    parser.set_defaults(batch_size=2, out="out/semantic", steps=160_000, lr=1e-4, backbone_lr=0.1,
+                        drop_path=None)
+    return parser
+
+
+def semantic_inference(class_logits, mask_logits):
+    """Sum over queries of p(class) x p(mask), as Mask2Former; no-object dropped.
+
+    class_logits [B, M, K + 1], mask_logits [B, M, h, w] -> scores [B, K, h, w].
+    """
+    p = class_logits.float().softmax(-1)[..., :-1]
+    return torch.einsum("bqk,bqhw->bkhw", p, mask_logits.float().sigmoid())
+
+
+def at_original(scores, size, canvas, original):
+    """Scores [K, h, w] of a padded canvas (H, W) px -> [K, H0, W0] at the photo's original size.
+
+    size: (H, W) px of the image within the canvas. Bilinear, as Mask2Former: first to the network's
+    input, where the padding is cut off, then to the original.
+    """
+    scores = F.interpolate(scores[None], canvas, mode="bilinear", align_corners=False)
+    scores = scores[:, :, :size[0], :size[1]]
+    return F.interpolate(scores, original, mode="bilinear", align_corners=False)[0]
+
+
+@torch.no_grad()
+def predict(model, images, sizes, originals, state):
+    """uint8 images [B, 3, H, W] -> list of class maps uint8 [H0, W0] at the original sizes."""
+    with state.autocast():
+        class_logits, mask_logits = model(normalize(images.to(state.device)), sizes, "semantic")
+    scores = semantic_inference(class_logits[-1], mask_logits[-1])
+    canvas = [n * model.glid.config.patch for n in scores.shape[-2:]]
+    return [at_original(s, size, canvas, original).argmax(0).byte().cpu()
+            for s, size, original in zip(scores, sizes.tolist(), originals)]
+
+
+def evaluate(model, dataset, args, state, path=None):
+    """mIoU over the whole validation set, every image once on one process; picture of the first."""
+    model.eval()
+    metric, rows = MeanIoU(len(dataset.classes), IGNORE), []
+    for ids in training.share(len(dataset), state, args.batch_size):
+        images, sizes, targets = collate([dataset[i] for i in ids])
+        truths = [t["semantic"] for t in targets]
+        found = predict(model, images, sizes, [t.shape for t in truths], state)
+        for image, size, truth, guess in zip(images, sizes.tolist(), truths, found):
+            metric.update(guess.numpy(), truth.numpy())
+            if len(rows) < 8:
+                rows.append(drawn(image[:, :size[0], :size[1]], truth, guess))
+    model.train()
+    if path and state.rank == 0:
+        save_picture(rows, path)
+    return state.merged(metric).result()
+
+
+def drawn(image, truth, guess):
+    """Photo, truth and prediction side by side, uint8 [3, H, 3 W]."""
+    image = F.interpolate(image[None].float(), truth.shape).byte()[0]
+    colours = torch.from_numpy(palette())
+    return torch.cat([image] + [colours[m.long()].permute(2, 0, 1) for m in (truth, guess)], 2)
+
+
+def palette(count=256):
+    """Distinct colours for labels, uint8 [count, 3]; the ignore label is black."""
+    step = np.arange(count)[:, None] * np.array([0.618034, 0.381966, 0.236068]) + [0, 0.33, 0.67]
+    colours = (80 + 175 * (step % 1)).astype(np.uint8)
+    colours[IGNORE] = 0
+    return colours
+
+
+def save_picture(rows, path):
+    """Stack pictures [3, H, W] of unequal sizes into one PNG."""
+    width = max(r.shape[2] for r in rows)
+    canvas = torch.cat([F.pad(r, (0, width - r.shape[2])) for r in rows], 1)
+    picture = Image.fromarray(canvas.permute(1, 2, 0).numpy())
+    zoom = max(1, 480 // picture.width)
+    picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST).save(path)
+
+
+def build(args, classes, state):
+    """The model with its inherited parts; the head and the e_i are always new."""
+    torch.manual_seed(args.seed)
+    model = Segmenter(training.model_config(args), {"semantic": args.queries or 100},
+                      {"semantic": len(classes)})
+    if args.init_backbone:
+        checkpoints.load_torchvision(model.glid, args.init_backbone, state)
+    if args.init:
+        checkpoints.load_parts(model.glid, args.init, args.load.split(","), state)
+    return model.to(state.device)
+
+
+def main(args):
+    """Train; returns {"mIoU": last, "best": best, "step": steps done}."""
+    state = training.start(args)
+    train, val = open_segmentation(args.data, args.size, args.data_fraction, args.seed)
+    model = build(args, train.classes, state)
+    scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
+    optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
+                                  fused=True)
+    step, best = checkpoints.resume(args, model, optimizer, state)
+    if args.eval:
+        result = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))
+        state.say(f"mIoU {100 * result['mIoU']:.2f} of {len(val)} images, step {step}")
+        return {"mIoU": result["mIoU"], "best": best, "step": step}
+    training.compile_model(model, args)
+    ddp = state.wrap(model)
+    training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
+    total_batch = args.batch_size * state.world * args.accumulate
+    training.describe(state, model, train, val, total_batch, args.steps, args.lr)
+
+    batches = training.Batches(len(train), args, state, step, args.steps)
+    loader = training.Timed(training.loader(train, batches, collate, args, state))
+    log = training.Log(args, state, step)
+    bar = training.Progress(step, args.steps, "semantic", loader, state, total_batch)
+    model.train()
+    while step < args.steps:
+        torch.manual_seed(training.mix(args.seed, step, state.rank))    # drop path, sampled points
+        training.set_lr(optimizer, args.lr * training.poly(step, args.steps))
+        for micro in range(args.accumulate):
+            images, sizes, targets = next(loader)
+            images = normalize(images.to(state.device))
+            targets = [{k: v.to(state.device) for k, v in t.items()} for t in targets]
+            # every process divides by the same count, so that gradients average to the true mean
+            objects = state.sum(sum(len(t["labels"]) for t in targets))[0] / state.world
+            with state.no_sync(ddp, last=micro + 1 == args.accumulate):
+                with state.autocast():
+                    classes, masks = ddp(images, sizes, "semantic", every_layer=True)
+                canvas = [n * model.glid.config.patch for n in masks.shape[-2:]]
+                loss = segmentation_loss(classes, masks, targets, canvas, max(1, objects),
+                                         args.points)["loss"] / args.accumulate
+                loss.backward()
+            bar.add(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+
+        evaluates = step % args.eval_every == 0 or step == args.steps
+        if evaluates or step % 20 == 0 or step % args.save_every == 0:
+            log.write(step=step, loss=bar.report(step), lr=optimizer.param_groups[0]["lr"])
+        if evaluates:
+            result = evaluate(model, val, args, state, Path(args.out, "samples", f"{step:06d}.png"))
+            log.write(step=step, mIoU=result["mIoU"])
+            best = max(best or 0, result["mIoU"])
+        if evaluates or step % args.save_every == 0:
+            checkpoints.keep(args, model, optimizer, state, step, best,
+                          is_best=evaluates and result["mIoU"] == best, classes=list(val.classes))
+    bar.close()
+    state.say(f"mIoU {100 * result['mIoU']:.1f} after {step} steps (best {100 * best:.1f}); "
+              f"{args.out}/samples/{step:06d}.png")
+    return {"mIoU": result["mIoU"], "best": best, "step": step}
+
+
+if __name__ == "__main__":
+    training.run(main, training.parse(flags(), PRESETS))

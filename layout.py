@@ -1,0 +1,210 @@
+"""
+Where tokens live: the packed list of visible tokens that the whole encoder works on.
+
+The image is padded (bottom, right) to units of 8 x 8 patches (32 px, the total stride of stage 4).
+`visible` says which units exist for the network: pre-training hides three of four, the padding of a
+batch of unequal images hides the units with no image in them. Hidden units cost nothing and can
+not reach any output, and masked pre-training, odd sizes and ragged batches are one code path.
+
+Letters: B images, n visible units, T tokens of a stage (all images, one list), C channels, G rows
+of window attention, S slots in a row = window ** 2, h heads, d channels of a head, K keys.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def morton(side):
+    """(y, x) of the side**2 tokens of a unit in Z-order, int64 [side**2, 2].
+
+    The row bit is the low one, so four neighbours in the list are the cell's (0,0) (1,0) (0,1)
+    (1,1): Swin's order of the children in patch merging, which lets torchvision's weights fit.
+    """
+    order = torch.zeros(1, 2, dtype=torch.long)
+    child = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
+    while len(order) < side * side:
+        order = (2 * order[:, None] + child).reshape(-1, 2)
+    return order
+
+
+def share_rows(occupied, open_rows=32):
+    """Give every window a row of attention; windows whose visible slots do not collide share one.
+
+    First fit, fullest window first. Swin's cyclic shift, which joins the half windows of opposite
+    borders, is the special case "nothing hidden". At 75 % hidden it saves over half of the rows.
+
+    occupied: bool [W, S], numpy. Returns the row of each window, int64 [W].
+    """
+    row_of, rows = np.zeros(len(occupied), dtype=np.int64), []
+    bits = [int.from_bytes(w.tobytes(), "big") for w in np.packbits(occupied, axis=1)]
+    full = (1 << 8 * ((occupied.shape[1] + 7) // 8)) - (1 << -occupied.shape[1] % 8)
+    free = []                                       # rows with a slot left, newest last
+    for w in np.argsort(-occupied.sum(1), kind="stable"):
+        for i in range(max(0, len(free) - open_rows), len(free)):
+            if not rows[free[i]] & bits[w]:
+                row = free[i]
+                break
+        else:
+            row, i = len(rows), len(free)
+            rows.append(0)
+            free.append(row)
+        rows[row] |= bits[w]
+        row_of[w] = row
+        if rows[row] == full:
+            free.pop(i)
+    return row_of
+
+
+class Layout:
+    """Which units the network sees, and where their tokens sit.
+
+    Tokens of all images are ONE list, visible units only, Z-order inside a unit. Merging is then
+    x.view(T // 4, 4 * C), upsampling repeat_interleave(4), 2x2 pooling view(-1, 4, C).amax(1).
+    Only window attention and the 3x3 convolution look at neighbours; they go through the indices
+    made here, once per batch and stage. Built on the CPU, because the indices are small and
+    data-dependent; what the network needs moves to the device.
+
+    visible: bool [B, Uh, Uw] on any device, the units that exist for the network.
+    sizes:   int [B, 2], height and width of each image in pixels (padding not counted).
+    """
+
+    def __init__(self, visible, sizes, config, device):
+        self.config, self.device, self.batch = config, device, len(visible)
+        self.grid_units = visible.shape[1:]                         # Uh, Uw of the padded batch
+        self.units = visible.cpu().nonzero()                        # [n, 3] image, row, column
+        self.counts = torch.bincount(self.units[:, 0], minlength=self.batch)    # [B] units
+        if int(self.counts.min()) == 0:
+            raise ValueError("an image of the batch has no visible unit")
+        self.sizes = sizes.cpu()
+        self.extent = (self.sizes + config.unit - 1) // config.unit             # [B, 2] units
+        self._cache = {}
+
+    def _cached(self, key, make):
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def coords(self, stage):
+        """Image, row, column of every token of a stage (0..3), int64 [T, 3] on the CPU."""
+        def make():
+            side = 8 >> stage
+            place = F.pad(morton(side), (1, 0))                     # [side**2, 3], image offset 0
+            scale = torch.tensor([1, side, side])
+            return (self.units[:, None] * scale + place).reshape(-1, 3)
+        return self._cached(("coords", stage), make)
+
+    def image(self, stage):
+        """Image of every token, int64 [T] on the device."""
+        return self._cached(("image", stage), lambda: self.coords(stage)[:, 0].to(self.device))
+
+    def grid(self, stage):
+        """(B, H, W) of the padded token map, and each token's place in it, int64 [T] on device."""
+        def make():
+            h, w = (u * (8 >> stage) for u in self.grid_units)
+            b, y, x = self.coords(stage).unbind(1)
+            return (self.batch, h, w), ((b * h + y) * w + x).to(self.device)
+        return self._cached(("grid", stage), make)
+
+    def to_grid(self, x, stage):
+        """Packed [T, C] -> map [B, H, W, C] with zeros where nothing is visible."""
+        (b, h, w), place = self.grid(stage)
+        return x.new_zeros(b * h * w, x.shape[1]).index_copy_(0, place, x).view(b, h, w, -1)
+
+    def windows(self, stage, shifted, heads):
+        """Indices of window attention.
+
+        A token's window is floor((coordinate + window - shift) / window): no roll, no padding,
+        windows at the border are just partly filled (METHOD A15: exactly Swin's partition).
+        Returns
+          pick  [3 * G * h * S] rows of qkv viewed as [T * 3 * h, d]; hidden slots repeat a token
+          unpick[T * 3 * h]     its inverse
+          back  [T * h]         rows of the result viewed as [G * h * S, d]
+          block None, or float [G, 1, S, S]: -inf between slots of different windows
+        """
+        return self._cached(("windows", stage, shifted),
+                            lambda: self._windows(stage, shifted, heads))
+
+    def _windows(self, stage, shifted, heads):
+        w = self.config.window
+        b, y, x = self.coords(stage).unbind(1)
+        # as in Swin, an image that fits into one window is not shifted (per image and axis)
+        fits = self.extent * (8 >> stage) <= w                      # [B, 2]
+        shift = torch.where(fits, 0, w // 2 if shifted else 0)[b]   # [T, 2]
+        y, x = y + w - shift[:, 0], x + w - shift[:, 1]
+        slot = (y % w) * w + x % w                                  # [T]
+        wide = int(max(y.max(), x.max())) // w + 1
+        window = (b * wide + y // w) * wide + x // w
+        window = window.unique(return_inverse=True)[1]              # [T] only windows in use
+        occupied = np.zeros((int(window.max()) + 1, w * w), dtype=bool)
+        occupied[window.numpy(), slot.numpy()] = True
+        row = torch.from_numpy(share_rows(occupied))[window]        # [T]
+        rows, tokens = int(row.max()) + 1, len(row)
+        place = row * w * w + slot                                  # [T] in 0..G*S
+        token = torch.zeros(rows * w * w, dtype=torch.long)         # hidden slots: token 0, unused
+        token[place] = torch.arange(tokens)
+        owner = torch.full((rows * w * w,), -1)
+        owner[place] = window
+        owner = owner.view(rows, 1, w * w)
+        # hidden slots may look at each other (never read), so that no softmax row is empty
+        alien = owner[:, :, :, None] != owner[:, :, None, :]        # [G, 1, S, S]
+        block = torch.zeros(alien.shape).masked_fill_(alien, -math.inf) if alien.any() else None
+        head, part = torch.arange(heads), torch.arange(3)
+        pick = (token.view(1, rows, 1, -1) * 3 + part.view(3, 1, 1, 1)) * heads \
+            + head.view(1, 1, heads, 1)                             # [3, G, h, S]
+        back = (row[:, None] * heads + head) * w * w + slot[:, None]            # [T, h]
+        unpick = back[:, None] + part[:, None] * rows * heads * w * w           # [T, 3, h]
+        to = self.device
+        return (pick.reshape(-1).to(to), unpick.reshape(-1).to(to), back.reshape(-1).to(to),
+                None if block is None else block.to(to))
+
+    def position(self, stage, dim):
+        """Sine position of every token, float [T, dim], normalised by the image's own extent."""
+        def make():
+            coords, stride = self.coords(stage), self.config.patch << stage
+            return sine_position((coords[:, 1:] + 0.5) * stride / self.sizes[coords[:, 0]], dim)
+        return self._cached(("position", stage), lambda: make().to(self.device))
+
+    def to_batch(self, x, stage):
+        """Packed [T, C] -> keys [B, K, C] and bool [B, 1, 1, K], True = real; None if all are."""
+        per_unit = (8 >> stage) ** 2
+        if int(self.counts.min()) == int(self.counts.max()):
+            return x.view(self.batch, -1, x.shape[1]), None
+        def make():
+            most = int(self.counts.max()) * per_unit
+            real = torch.arange(most) < self.counts[:, None] * per_unit         # [B, K]
+            place = real.view(-1).nonzero()[:, 0]
+            return place.to(self.device), real[:, None, None].to(self.device)
+        place, real = self._cached(("batch", stage), make)
+        keys = x.new_zeros(real.numel(), x.shape[1]).index_copy_(0, place, x)
+        return keys.view(self.batch, -1, x.shape[1]), real
+
+
+def sine_position(yx, dim, temperature=10000):
+    """Sine position embedding, half of the channels per axis. yx: [..., 2] in 0..1 -> [..., dim].
+
+    DETR's, with scale 2 pi. Keys and pre-training queries use the same coordinates, so that a
+    query can find the keys around the place it asks for.
+    """
+    pairs = dim // 4
+    frequency = temperature ** (-torch.arange(pairs, device=yx.device) / pairs)
+    angle = yx[..., None].float() * 2 * math.pi * frequency         # [..., 2, pairs]
+    return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)    # [..., 4 * pairs]
+
+
+class Pick(torch.autograd.Function):
+    """x[pick] whose gradient is a gather as well.
+
+    Hidden slots repeat some token, but their gradient is exactly zero (masked as keys, never read
+    as queries), so the inverse gather is the true gradient, without a scatter-add.
+    """
+
+    @staticmethod
+    def forward(ctx, x, pick, unpick):
+        ctx.save_for_backward(unpick)
+        return x.index_select(0, pick)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None

@@ -1,0 +1,486 @@
+"""
+GLID: Swin + BiFPN + query decoder, pre-trained whole, and the linear heads of its tasks.
+
+Every task is Eq. 1 of the paper, P = H(Dec(Q, Enc(x))): an image goes in, queries ask, one linear
+layer answers. Pre-training asks "which pixels are hidden at this place?", detection "which object
+are you?"; only the queries' offsets and the last linear layer differ between tasks.
+
+Read top to bottom: Config, Swin, BiFPN, Decoder, GLID, heads; layout.py says where tokens live.
+
+Letters in the shape comments
+    B  images in the batch        n  visible units (32x32 px) of the whole batch
+    T  visible tokens of a stage, of the whole batch in one packed list (no batch axis)
+    C  channels of a stage        D  width of BiFPN and decoder
+    G  rows of window attention   S  slots in a row = window ** 2
+    h  heads, d channels a head   Q  queries, K keys of an image, L decoder layers
+"""
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from layout import Layout, Pick, sine_position
+
+# -----------------------------------------------------------------------------
+# Config
+
+
+@dataclass
+class Config:
+    """Sizes of a GLID. The defaults are the paper's Swin-B model."""
+    patch: int = 4                  # px a side; a unit is 8 patches = total stride of stage 4
+    width: int = 128                # channels of stage 1, doubled at every stage
+    depths: tuple = (2, 2, 18, 2)
+    heads: tuple = (4, 8, 16, 32)
+    window: int = 6                 # tokens a side
+    drop_path: float = 0.0          # rate of the last encoder block, linear from 0
+    dim: int = 512                  # D [paper]
+    decoder_layers: int = 6         # [paper]; a multiple of 3, so that every scale is read
+    decoder_heads: int = 16
+    image_size: int = 192           # pre-training px [paper]
+
+    @property
+    def unit(self):
+        return 8 * self.patch
+
+    def to_dict(self):
+        """Plain types only, for a checkpoint."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, d):
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
+
+
+PRESETS = {
+    # two CPU cores: learns ToyWorld in minutes
+    "tiny": dict(patch=2, width=24, depths=(1, 1, 2, 1), heads=(1, 2, 4, 8), window=4, dim=64,
+                 decoder_layers=3, decoder_heads=4, image_size=64),
+    # one GPU: Swin-T
+    "small": dict(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), dim=256, decoder_heads=8),
+    "base": dict(),
+    "large": dict(width=192, heads=(6, 12, 24, 48), window=12),
+}
+
+# -----------------------------------------------------------------------------
+# Encoder: Swin on packed tokens
+
+
+class WindowAttention(nn.Module):
+    """Swin's window attention with a learned relative position bias, visible tokens only."""
+
+    def __init__(self, dim, heads, window):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        nn.init.trunc_normal_(self.bias_table, std=0.02)
+        y, x = torch.arange(window ** 2) // window, torch.arange(window ** 2) % window
+        index = (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
+        self.register_buffer("bias_index", index.view(-1), persistent=False)    # [S * S]
+
+    def forward(self, x, layout, stage, shifted):                   # x: [T, C]
+        tokens, dim = x.shape
+        pick, unpick, back, block = layout.windows(stage, shifted, self.heads)
+        rows = self.qkv(x).view(tokens * 3 * self.heads, -1)        # [T * 3 * h, d]
+        slots = round(len(self.bias_index) ** 0.5)
+        q, k, v = Pick.apply(rows, pick, unpick).view(3, -1, self.heads, slots, rows.shape[1])
+        bias = self.bias_table[self.bias_index].view(slots, slots, -1).permute(2, 0, 1)
+        score = (q * rows.shape[1] ** -0.5) @ k.transpose(-2, -1)   # [G, h, S, S]
+        score = score + bias if block is None else score.add_(bias).add_(block)
+        out = score.softmax(-1).to(v.dtype) @ v                     # [G, h, S, d]
+        out = out.reshape(-1, rows.shape[1]).index_select(0, back)  # [T * h, d]
+        return self.proj(out.view(tokens, dim))
+
+
+class SwinBlock(nn.Module):
+    def __init__(self, dim, heads, window, drop_path):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, heads, window)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.drop_path = drop_path
+
+    def _drop(self, x, layout, stage):
+        """Stochastic depth: drop the branch for a whole image, keep its expectation."""
+        if not self.training or self.drop_path == 0:
+            return x
+        keep = torch.rand(layout.batch, device=x.device) >= self.drop_path
+        return x * (keep / (1 - self.drop_path)).to(x.dtype)[layout.image(stage), None]
+
+    def forward(self, x, layout, stage, shifted):                   # [T, C]
+        x = x + self._drop(self.attn(self.norm1(x), layout, stage, shifted), layout, stage)
+        return x + self._drop(self.mlp(self.norm2(x)), layout, stage)
+
+
+class PatchMerging(nn.Module):
+    """Four children, neighbours in the packed list, become one token: [T, C] -> [T / 4, 2 C]."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x):
+        return self.reduction(self.norm(x.view(-1, 4 * x.shape[1])))
+
+
+class Swin(nn.Module):
+    """Packed Swin: units of pixels in, normalised token lists of the four stages out."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.width << s for s in range(4)]
+        rates = iter(torch.linspace(0, config.drop_path, sum(config.depths)).tolist())
+        self.patch = config.patch
+        self.embed = nn.Linear(3 * config.patch ** 2, config.width)
+        self.embed_norm = nn.LayerNorm(config.width)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(SwinBlock(c, h, config.window, next(rates)) for _ in range(depth))
+            for c, h, depth in zip(widths, config.heads, config.depths))
+        self.merges = nn.ModuleList(PatchMerging(c) for c in widths[:3])
+        # one norm per stage, trained in pre-training too, so that they transfer (METHOD A21)
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in widths)
+
+    def patches(self, units):
+        """Pixels of units [n, 3, 8p, 8p] -> patches in Z-order [n * 64, 3 * p * p]."""
+        n, p = len(units), self.patch
+        x = units.view(n, 3, 2, 2, 2, p, 2, 2, 2, p)                # n c y2 y1 y0 p x2 x1 x0 p
+        return x.permute(0, 6, 2, 7, 3, 8, 4, 1, 5, 9).reshape(n * 64, 3 * p * p)
+
+    def forward(self, units, layout):
+        x = self.embed_norm(self.embed(self.patches(units)))        # [T1, C1]
+        maps = []
+        for stage, blocks in enumerate(self.stages):
+            if stage > 0:
+                x = self.merges[stage - 1](x)
+            for i, block in enumerate(blocks):
+                x = block(x, layout, stage, shifted=i % 2 == 1)
+            maps.append(self.norms[stage](x))
+        return maps                                                 # 4 x [T_s, C_s]
+
+
+def resize_bias_table(table, window):
+    """Relative position bias [(2v-1)**2, h] of window v -> [(2w-1)**2, h], bicubic (METHOD A20)."""
+    old, new = round(len(table) ** 0.5), 2 * window - 1
+    if old == new:
+        return table
+    grid = table.t().reshape(1, -1, old, old)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return grid.reshape(table.shape[1], -1).t().contiguous()
+
+
+def swin_from_torchvision(state, config):
+    """torchvision's SwinTransformer state dict -> ours (any window size, any map size).
+
+    The norms of stages 1-3 do not exist there (a classifier reads stage 4 only): left out.
+    """
+    out, names = {}, {"attn.relative_position_bias_table": "attn.bias_table", "mlp.3": "mlp.2"}
+    for key, value in state.items():
+        if key.startswith("head.") or key.endswith("relative_position_index"):
+            continue
+        for theirs, ours in names.items():
+            key = key.replace(theirs, ours)
+        parts = key.split(".")
+        if parts[0] == "norm":
+            out["norms.3." + parts[1]] = value
+        elif parts[1] == "0":
+            name = "embed." if parts[2] == "0" else "embed_norm."
+            out[name + parts[3]] = value.flatten(1) if value.ndim == 4 else value
+        elif int(parts[1]) % 2 == 1:
+            out[".".join(["stages", str(int(parts[1]) // 2), *parts[2:]])] = value
+        else:
+            out[".".join(["merges", str(int(parts[1]) // 2 - 1), *parts[2:]])] = value
+    return {k: resize_bias_table(v, config.window) if k.endswith("bias_table") else v
+            for k, v in out.items()}
+
+
+# -----------------------------------------------------------------------------
+# Neck: BiFPN
+
+
+class Fusion(nn.Module):
+    """One BiFPN node: weighted sum of 2-3 maps -> swish -> 3x3 separable convolution -> norm.
+
+    "Fast normalised fusion" of EfficientDet; LayerNorm per token instead of its BatchNorm, because
+    it works on packed tokens and has no batch statistics that differ between the two stages.
+    """
+
+    def __init__(self, dim, inputs):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(inputs))
+        self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.pointwise = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, maps, layout, stage):                         # 2-3 x [T, D] -> [T, D]
+        weight = self.weight.relu()
+        weight = weight / (weight.sum() + 1e-4)
+        x = F.silu(sum(w * m for w, m in zip(weight, maps)))
+        # hidden tokens are zero before the convolution and dropped after it: they stay hidden
+        grid = layout.to_grid(x, stage).permute(0, 3, 1, 2)         # [B, D, H, W] channels last
+        grid = self.depthwise(grid).permute(0, 2, 3, 1)             # [B, H, W, D]
+        x = grid.reshape(-1, grid.shape[-1]).index_select(0, layout.grid(stage)[1])
+        return self.norm(self.pointwise(x))
+
+
+def up(x):
+    """Nearest x2: every child gets its parent. [T, D] -> [4 T, D]."""
+    return x.repeat_interleave(4, 0)
+
+
+def down(x):
+    """2x2 max pooling, which never leaves a unit. [4 T, D] -> [T, D]."""
+    return x.view(-1, 4, x.shape[1]).amax(1)
+
+
+class BiFPN(nn.Module):
+    """Maps of 1/4..1/32 -> the same scales at width D, after one top-down and one bottom-up pass.
+
+    Thanks to the bottom-up path the 1/4 map, which the decoder never reads, feeds the maps that it
+    does read, and so is pre-trained too (METHOD D6). The paper says only "Bi-FPN"; one repeat.
+    """
+
+    def __init__(self, widths, dim):
+        super().__init__()
+        self.lateral = nn.ModuleList(
+            nn.Sequential(nn.Linear(c, dim), nn.LayerNorm(dim)) for c in widths)
+        self.top_down = nn.ModuleList(Fusion(dim, 2) for _ in range(3))
+        self.bottom_up = nn.ModuleList(Fusion(dim, n) for n in (3, 3, 2))
+
+    def forward(self, maps, layout):
+        p2, p3, p4, p5 = (lateral(x) for lateral, x in zip(self.lateral, maps))
+        t4 = self.top_down[2]([p4, up(p5)], layout, 2)
+        t3 = self.top_down[1]([p3, up(t4)], layout, 1)
+        o2 = self.top_down[0]([p2, up(t3)], layout, 0)
+        o3 = self.bottom_up[0]([p3, t3, down(o2)], layout, 1)
+        o4 = self.bottom_up[1]([p4, t4, down(o3)], layout, 2)
+        o5 = self.bottom_up[2]([p5, down(o4)], layout, 3)
+        return [o2, o3, o4, o5]
+
+
+# -----------------------------------------------------------------------------
+# Decoder
+
+
+class Attention(nn.Module):
+    """Multi-head attention; queries [B, Q, D] look at keys and values [B, K, D]."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, query, key, value, mask=None):
+        """mask: bool, broadcastable to [B, h, Q, K], True = may look; or None."""
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)         # [B, h, *, d]
+                   for f, x in ((self.q, query), (self.k, key), (self.v, value)))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)             # [B, h, Q, d]
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+class DecoderLayer(nn.Module):
+    """Cross-attention, self-attention, feed-forward, each pre-norm and residual.
+
+    The paper says "cross-attention and self-attention blocks", no norm, no width of the feed-
+    forward: pre-norm as in the authors' earlier MixMIM, 4 D as in all of its relatives.
+    """
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.cross, self.self = Attention(dim, heads), Attention(dim, heads)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x, key, value, key_mask, self_mask):          # x: [B, Q, D]
+        x = x + self.cross(self.norm1(x), key, value, key_mask)
+        y = self.norm2(x)
+        x = x + self.self(y, y, y, self_mask)
+        return x + self.mlp(self.norm3(x))
+
+
+class Decoder(nn.Module):
+    """Query decoder that reads 1/32, 1/16, 1/8 in turn. Owns [CLS], the seed of all queries."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.cls = nn.Parameter(torch.empty(config.dim))
+        self.level = nn.Parameter(torch.empty(3, config.dim))       # 1/32, 1/16, 1/8
+        self.layers = nn.ModuleList(DecoderLayer(config.dim, config.decoder_heads)
+                                    for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(config.dim)
+
+    def forward(self, queries, maps, layout, self_mask=None, every_layer=False):
+        """queries [B, Q, D], maps from the BiFPN -> [L, B, Q, D], L = 1 unless every_layer.
+
+        self_mask: bool [Q, Q], True = may look.
+        """
+        keys = []
+        for level, stage in enumerate((3, 2, 1)):
+            value = maps[stage] + self.level[level]                             # [T, D]
+            # position on keys only, not on values, as in DETR and Mask2Former
+            key = value + layout.position(stage, value.shape[1]).to(value.dtype)
+            value, mask = layout.to_batch(value, stage)                         # [B, K, D]
+            keys.append((layout.to_batch(key, stage)[0], value, mask))
+        x, outputs = queries, []
+        for i, layer in enumerate(self.layers):
+            x = layer(x, *keys[i % 3], self_mask)
+            if every_layer or i + 1 == len(self.layers):
+                outputs.append(self.norm(x))                        # one norm, shared by the layers
+        return torch.stack(outputs)
+
+
+# -----------------------------------------------------------------------------
+# GLID
+
+
+class GLID(nn.Module):
+    """The generalist encoder-decoder. Its three parts are what a task inherits (Table 4)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.backbone = Swin(config)
+        self.bifpn = BiFPN([config.width << s for s in range(4)], config.dim)
+        self.decoder = Decoder(config)
+        self.apply(_init)
+        nn.init.normal_(self.decoder.cls, std=0.02)
+        nn.init.normal_(self.decoder.level, std=0.02)
+
+    def tokens(self, images, sizes=None, hidden=None):
+        """Normalised images -> pixels of the visible units [n, 3, unit, unit] and their layout.
+
+        images: float [B, 3, H, W], any H and W, padded at the bottom and right.
+        sizes:  int [B, 2], true height and width in px; None = the whole canvas.
+        hidden: bool [B, ceil(H / unit), ceil(W / unit)], units the network must not see, or None.
+        """
+        b, _, height, width = images.shape
+        unit = self.config.unit
+        if sizes is None:
+            sizes = torch.tensor([[height, width]]).expand(b, 2)
+        else:                                               # padding is zero, whoever padded it
+            images = images * inside(sizes.to(images.device), height, width)[:, None]
+        images = F.pad(images, (0, -width % unit, 0, -height % unit))
+        pixels = split_units(images, unit)                              # [B, Uh, Uw, 3, u, u]
+        visible = inside((sizes.cpu() + unit - 1) // unit, *pixels.shape[1:3])
+        if hidden is not None:
+            visible &= ~hidden.cpu()
+        layout = Layout(visible, sizes, self.config, images.device)
+        return pixels[tuple(layout.units.to(images.device).unbind(1))], layout
+
+    def encode(self, images, sizes=None, hidden=None):
+        """Images as in tokens() -> BiFPN maps (4 x packed [T, D]) and their layout."""
+        units, layout = self.tokens(images, sizes, hidden)
+        return self.bifpn(self.backbone(units, layout), layout), layout
+
+    def decode(self, queries, maps, layout, self_mask=None, every_layer=False):
+        return self.decoder(queries, maps, layout, self_mask, every_layer)
+
+
+def split_units(images, unit):
+    """[B, 3, H, W], multiples of the unit -> [B, H / unit, W / unit, 3, unit, unit], a view."""
+    return images.unflatten(3, (-1, unit)).unflatten(2, (-1, unit)).permute(0, 2, 4, 1, 3, 5)
+
+
+def inside(sizes, height, width):
+    """bool [B, height, width], True inside the top left sizes [B, 2] = (h, w)."""
+    y = torch.arange(height, device=sizes.device)[:, None] < sizes[:, 0, None, None]
+    return y & (torch.arange(width, device=sizes.device) < sizes[:, 1, None, None])
+
+
+def _init(module):
+    """Xavier-uniform linear layers with zero bias, as MAE; norms 1 / 0 (torch's default)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet
+
+
+def normalize(images):
+    """uint8 [B, 3, H, W] -> float, ImageNet mean and standard deviation."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) * 255
+                 for v in (PIXEL_MEAN, PIXEL_STD))
+    return (images.float() - mean) / std
+
+
+# -----------------------------------------------------------------------------
+# Heads: the only part that changes from task to task
+
+
+class Pretrainer(nn.Module):
+    """Masked image modelling: queries [CLS, M_1..M_N] -> pixels of the N hidden units."""
+
+    def __init__(self, config, norm_pix=False):
+        super().__init__()
+        self.glid = GLID(config)
+        self.norm_pix = norm_pix
+        self.mask_token = nn.Parameter(torch.empty(config.dim))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.head = nn.Linear(config.dim, 3 * config.unit ** 2)
+        _init(self.head)
+
+    def target(self, images, where):
+        """Pixels of the hidden units `where` = (image, row, column), float [B, N, 3 * unit**2].
+
+        norm_pix: each unit minus its mean, over its standard deviation, as MAE (METHOD A28).
+        """
+        x = split_units(images, self.glid.config.unit)[where].flatten(1)    # [B * N, 3 u u]
+        if self.norm_pix:
+            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
+        return x.view(len(images), -1, x.shape[1])
+
+    def forward(self, images, hidden):
+        """images float [B, 3, H, W] (multiples of the unit), hidden bool [B, Uh, Uw], the same
+        number N of hidden units in every image -> (prediction, target), float [B, N, 3 unit**2]."""
+        b, cls = len(images), self.glid.decoder.cls
+        maps, layout = self.glid.encode(images, hidden=hidden)
+        where = hidden.nonzero().to(images.device)                          # [B * N, 3]
+        # a unit's centre in 0..1: the coordinates of the keys
+        extent = torch.tensor(hidden.shape[1:], device=images.device)
+        position = sine_position((where[:, 1:] + 0.5) / extent, len(cls))
+        queries = self.mask_token + position                                # added once, at input
+        queries = torch.cat([cls.expand(b, 1, -1), queries.view(b, -1, len(cls))], 1)
+        x = self.glid.decode(queries, maps, layout)[-1]                     # [B, 1 + N, D]
+        return self.head(x[:, 1:]), self.target(images, tuple(where.unbind(1)))
+
+
+class MaskHead(nn.Module):
+    """M queries -> class logits and masks (Eq. 4), for all three kinds of segmentation."""
+
+    def __init__(self, dim, num_queries, num_classes):
+        super().__init__()
+        self.offsets = nn.Parameter(torch.zeros(num_queries, dim))          # e_i of Eq. 3
+        self.classify = nn.Linear(dim, num_classes + 1)                     # last = no object
+        self.embed = nn.Linear(dim, dim)
+        self.apply(_init)
+
+    def forward(self, x, map4):
+        """x [L, B, M, D], map4 [B, H, W, D] -> classes [L, B, M, K + 1], masks [L, B, M, H, W]."""
+        # Eq. 4 without its sigmoid, which the losses take together with the logarithm
+        masks = torch.einsum("lbmd,bhwd->lbmhw", self.embed(x), map4)
+        return self.classify(x), masks
+
+
+class Segmenter(nn.Module):
+    """GLID with one MaskHead per task; everything but the heads is shared (Table 3)."""
+
+    def __init__(self, config, queries, classes):
+        """queries, classes: dicts task -> number of queries M, number of classes K."""
+        super().__init__()
+        self.glid = GLID(config)
+        self.heads = nn.ModuleDict({t: MaskHead(config.dim, queries[t], classes[t])
+                                    for t in queries})
+
+    def forward(self, images, sizes, task, every_layer=False):
+        """-> classes [L, B, M, K + 1], mask logits [L, B, M, H, W] at 1/4 of the padded canvas."""
+        head = self.heads[task]
+        maps, layout = self.glid.encode(images, sizes)
+        queries = (self.glid.decoder.cls + head.offsets).expand(len(images), -1, -1)    # Eq. 3
+        x = self.glid.decode(queries, maps, layout, every_layer=every_layer)
+        return head(x, layout.to_grid(maps[0], 0))                          # f^b = the 1/4 map

@@ -1,0 +1,168 @@
+"""
+Stage 1: pre-train GLID as a whole by masked image modelling (section 3.1 of the paper).
+
+On a laptop, nothing to download, minutes:
+    python pretrain.py --preset tiny --out out/tiny
+On your own photos (a folder, nested or flat; train/ and val/ inside are respected):
+    python pretrain.py --preset tiny --data photos/ --out out/mine
+The paper's recipe (600 epochs of ImageNet, 192 px, total batch 2048), 8 GPUs, then 4 nodes:
+    torchrun --nproc_per_node=8 pretrain.py --data imagenet/ --out out/base --accumulate 4
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
+        pretrain.py --data imagenet/ --out out/base
+The total batch is processes x --batch-size x --accumulate; keep it at 2048 on fewer devices.
+
+OUT holds last.pt (resume), best.pt (fine-tune), log.jsonl and samples/*.png: input, what the
+encoder saw, reconstruction.
+"""
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import checkpoints
+import training
+from data import open_pretraining
+from losses import reconstruction_loss
+from model import PIXEL_MEAN, PIXEL_STD, Pretrainer, normalize, split_units
+
+PRESETS = {
+    # two CPU cores, about six minutes; raw pixels are the paper's text, normalised ones learn more
+    "tiny": dict(data="toyworld", out="out/pretrain", epochs=40, warmup_epochs=2, batch_size=64,
+                 lr=2e-3, norm_pix=True, workers=1),
+    "small": dict(batch_size=512, out="out/pretrain"),
+}
+
+
+def flags():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    training.add_flags(parser)
+    add = parser.add_argument
+    add("--epochs", type=int, default=600, help="length of the schedule")
+    add("--warmup-epochs", type=float, default=40, help="linear warm-up, MAE's 40 of 600")
+    add("--mask", choices=["random", "block", "grid"], default="random", help="strategy (Table 7)")
+    add("--mask-ratio", type=float, default=0.75, help="share of the units that is hidden")
+    add("--norm-pix", action=argparse.BooleanOptionalAction, default=False,
+        help="targets normalised per unit, as MAE; off in the paper's text")
+    add("--weight-decay", type=float, default=0.05)
+    parser.set_defaults(batch_size=64, out="out/pretrain")
+    return parser
+
+
+@torch.no_grad()
+def evaluate(model, dataset, args, state):
+    """Mean squared error per target value over the whole validation set, all processes."""
+    model.eval()
+    total, count = 0.0, 0
+    for ids in training.share(len(dataset), state, args.batch_size):
+        images, hidden = (torch.stack(x) for x in zip(*(dataset[i] for i in ids)))
+        with state.autocast():
+            prediction, target = model(normalize(images.to(state.device)), hidden)
+        total += reconstruction_loss(prediction, target).item() * len(ids) / target.shape[-1]
+        count += len(ids)
+    model.train()
+    total, count = state.sum(total, count)
+    return total / count
+
+
+@torch.no_grad()
+def picture(model, dataset, path, state, count=8):
+    """A row per validation photo: input, what the encoder saw, reconstruction.
+
+    With --norm-pix the network predicts contrast and form only; the mean and spread of a hidden
+    unit, needed to show it, are then borrowed from the input.
+    """
+    model.eval()
+    images, hidden = (torch.stack(x) for x in zip(*(dataset[(0, i)] for i in
+                                                    range(min(count, len(dataset))))))
+    pixels = normalize(images.to(state.device))
+    prediction = model(pixels, hidden)[0].float()
+    model.train()
+    where, unit = tuple(hidden.nonzero().to(state.device).unbind(1)), model.glid.config.unit
+    if model.norm_pix:
+        truth = split_units(pixels, unit)[where].flatten(1)
+        prediction = prediction * (truth.var(-1) + 1e-6).sqrt().view(*prediction.shape[:2], 1) \
+            + truth.mean(-1).view(*prediction.shape[:2], 1)
+    seen, filled = pixels.clone(), pixels.clone()
+    split_units(seen, unit)[where] = 0                                      # views: write through
+    split_units(filled, unit)[where] = prediction.reshape(-1, 3, unit, unit)
+    mean, std = (torch.tensor(v, device=state.device).view(3, 1, 1)
+                 for v in (PIXEL_MEAN, PIXEL_STD))
+    rows = torch.cat([x * std + mean for x in (pixels, seen, filled)], 3)   # [B, 3, S, 3 S]
+    rows = rows.clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).flatten(0, 1)
+    picture = Image.fromarray(rows.cpu().numpy())
+    zoom = max(1, 384 // picture.width)
+    picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST).save(path)
+
+
+def main(args):
+    """Train; returns {"loss": best validation error, "step": steps done}."""
+    state = training.start(args)
+    config = training.model_config(args)
+    train, val = open_pretraining(args.data, config, args.mask, args.mask_ratio, args.seed)
+
+    torch.manual_seed(args.seed)                                            # same weights on all
+    model = Pretrainer(config, args.norm_pix).to(state.device)
+    optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay),
+                                  betas=(0.9, 0.95), fused=True)
+    step, best = checkpoints.resume(args, model, optimizer, state)
+    if args.eval:
+        loss = evaluate(model, val, args, state)
+        state.say(f"validation error {loss:.4f} of {len(val)} images, step {step}")
+        return {"loss": loss, "step": step}
+    training.compile_model(model, args)
+    ddp = state.wrap(model)
+
+    per_epoch = training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
+    steps = args.steps or args.epochs * per_epoch
+    warmup = max(1, round(steps * args.warmup_epochs / args.epochs))
+    total_batch = args.batch_size * state.world * args.accumulate
+    lr = args.lr or 1.2e-3 * total_batch / 2048                             # METHOD B1
+    training.describe(state, model, train, val, total_batch, steps, lr)
+
+    def conclude():
+        """End of an epoch: validate, draw, and keep the best."""
+        nonlocal best
+        loss = evaluate(model, val, args, state)
+        log.write(step=step, val_loss=loss)
+        best = loss if best is None else min(best, loss)
+        if state.rank == 0:
+            picture(model, val, Path(args.out, "samples", f"{step:06d}.png"), state)
+        checkpoints.keep(args, model, optimizer, state, step, best, is_best=loss == best)
+
+    batches = training.Batches(len(train), args, state, step, steps)
+    loader = training.Timed(training.loader(train, batches, None, args, state))
+    log = training.Log(args, state, step)
+    bar = training.Progress(step, steps, "pre-training", loader, state, total_batch)
+    while step < steps:
+        # the network's own noise is a function of (seed, step, rank): resuming repeats it
+        torch.manual_seed(training.mix(args.seed, step, state.rank))
+        training.set_lr(optimizer, lr * training.cosine(step, steps, warmup))
+        for micro in range(args.accumulate):
+            images, hidden = next(loader)
+            with state.no_sync(ddp, last=micro + 1 == args.accumulate):
+                with state.autocast():
+                    prediction, target = ddp(normalize(images.to(state.device)), hidden)
+                loss = reconstruction_loss(prediction, target) / args.accumulate
+                loss.backward()
+            bar.add(loss.detach() / target.shape[-1])
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+
+        ends = step % per_epoch == 0 or step == steps
+        if ends or step % 20 == 0 or step % args.save_every == 0:
+            log.write(step=step, loss=bar.report(step), lr=optimizer.param_groups[0]["lr"])
+        if ends:
+            conclude()
+        elif step % args.save_every == 0:
+            checkpoints.keep(args, model, optimizer, state, step, best)
+    bar.close()
+    state.say(f"validation error {best:.4f} after {step} steps; {args.out}/best.pt, "
+              f"{args.out}/samples/{step:06d}.png")
+    return {"loss": best, "step": step}
+
+
+if __name__ == "__main__":
+    training.run(main, training.parse(flags(), PRESETS))

@@ -1,0 +1,1167 @@
+"""
+Every test, on CPU, in under three minutes, without data, network or order.
+
+    python test_all.py              all
+    python test_all.py swin         those whose name contains "swin"
+
+Numbers are checked against something written independently: torchvision's Swin, a dense
+re-statement of the encoder, brute force over permutations, cases worked by hand.
+"""
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+
+import checkpoints
+import data
+import finetune_seg
+import layout
+import losses
+import metrics
+import model as M
+import pretrain
+import toyexport
+import toyworld
+import training
+from data import InputError
+from layout import Layout
+from model import GLID, PRESETS, Config, Pretrainer, Segmenter
+
+HERE = Path(__file__).resolve().parent
+TINY = Config(**PRESETS["tiny"])
+# nine units a side of 16 px, windows that divide nothing: all the odd cases of partitioning
+ODD = Config(patch=2, width=8, depths=(2, 2, 2, 2), heads=(1, 2, 2, 4), window=5, dim=16,
+             decoder_layers=3, decoder_heads=2, image_size=64)
+
+
+def close(a, b, tolerance, what="values"):
+    """Assert equality up to tolerance relative to the size of b."""
+    error = ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
+    assert a.shape == b.shape and error <= tolerance, f"{what} differ by {error:.2g} relative"
+
+
+@contextlib.contextmanager
+def raises(kind, *words):
+    """Assert that the block raises `kind` in one line that names all the words."""
+    try:
+        yield
+    except kind as error:
+        text = str(error)
+        assert "\n" not in text and all(w in text for w in words), f"unclear message: {text}"
+        return
+    raise AssertionError(f"{kind.__name__} naming {words} was not raised")
+
+
+@contextlib.contextmanager
+def quiet():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def folder():
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+def noisy(module, seed=0):
+    """Fill every parameter with noise, so that no bias or norm hides behind its zero or one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return module
+
+
+def random_hidden(batch, side, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(batch, side * side, generator=generator).argsort(1)
+    return (order < count).view(batch, side, side)
+
+
+# -----------------------------------------------------------------------------
+# Tokens and Swin
+
+
+def test_swin_equals_torchvision():
+    """Our packed Swin with torchvision's weights gives torchvision's features (shifts included)."""
+    for name, sizes in (("swin_t", dict(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24))),
+                        ("swin_b", {})):
+        theirs = noisy(getattr(torchvision.models, name)().eval())
+        ours = GLID(Config(window=7, **sizes)).eval()
+        state = M.swin_from_torchvision(theirs.state_dict(), ours.config)
+        missing, extra = ours.backbone.load_state_dict(state, strict=False)
+        assert not extra and set(missing) == {f"norms.{i}.{w}" for i in range(3)
+                                              for w in ("weight", "bias")}
+        images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            units, layout = ours.tokens(images)
+            maps = ours.backbone(units, layout)
+            x = images
+            for i, layer in enumerate(theirs.features):
+                x = layer(x)
+                if i % 2:
+                    expected = theirs.norm(x) if i == 7 else F.layer_norm(x, x.shape[-1:])
+                    close(layout.to_grid(maps[i // 2], i // 2), expected, 1e-4, f"{name} stage {i}")
+
+
+def dense_reference(glid, image, hidden):
+    """The encoder re-stated densely: every token of one image, hidden ones removed as keys.
+
+    Attention is over ALL pairs of tokens, allowed where floor((c + w - s) / w) agrees on both axes.
+    Returns four maps [H, W, C]; values at hidden tokens are meaningless.
+    """
+    config, swin, w = glid.config, glid.backbone, glid.config.window
+    p = config.patch
+    weight = swin.embed.weight.view(-1, 3, p, p)
+    x = F.conv2d(image[None], weight, swin.embed.bias, stride=p)[0].permute(1, 2, 0)
+    x, maps = swin.embed_norm(x), []
+    for stage, blocks in enumerate(swin.stages):
+        if stage:
+            x = torch.cat([x[0::2, 0::2], x[1::2, 0::2], x[0::2, 1::2], x[1::2, 1::2]], -1)
+            x = swin.merges[stage - 1].reduction(swin.merges[stage - 1].norm(x))
+        height, width, dim = x.shape
+        gone = hidden.repeat_interleave(8 >> stage, 0).repeat_interleave(8 >> stage, 1).flatten()
+        yx = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"),
+                         -1).view(-1, 2)
+        for i, block in enumerate(blocks):
+            shift = torch.tensor([0 if n <= w else i % 2 * (w // 2) for n in (height, width)])
+            window = (yx + w - shift) // w
+            allowed = (window[:, None] == window).all(-1) & ~gone
+            offset = (yx[:, None] - yx + w - 1).clamp(0, 2 * w - 2)         # beyond: not allowed
+            bias = block.attn.bias_table[offset[..., 0] * (2 * w - 1) + offset[..., 1]]
+            heads = block.attn.heads
+            q, k, v = block.attn.qkv(block.norm1(x)).view(-1, 3, heads, dim // heads).unbind(1)
+            score = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(dim // heads)
+            score = (score + bias.permute(2, 0, 1)).masked_fill(~allowed, -1e30)
+            out = torch.einsum("hij,jhd->ihd", score.softmax(-1), v).reshape(x.shape)
+            x = x + block.attn.proj(out)
+            x = x + block.mlp(block.norm2(x))
+        maps.append(swin.norms[stage](x))
+    return maps
+
+
+def check_packed_against_dense(config, images, sizes, hidden):
+    glid = noisy(GLID(config)).double().eval()
+    with torch.no_grad():
+        units, layout = glid.tokens(images.double(), sizes, hidden)
+        packed = [layout.to_grid(m, s) for s, m in enumerate(glid.backbone(units, layout))]
+        for b, (h, w) in enumerate(sizes.tolist()):
+            image = images[b, :, :h, :w].double()
+            image = F.pad(image, (0, -w % config.unit, 0, -h % config.unit))
+            rows, columns = (n // config.unit for n in image.shape[1:])
+            gone = hidden[b, :rows, :columns]
+            for stage, expected in enumerate(dense_reference(glid, image, gone)):
+                side = 8 >> stage
+                seen = ~gone.repeat_interleave(side, 0).repeat_interleave(side, 1)
+                ours = packed[stage][b, :rows * side, :columns * side]
+                close(ours[seen], expected[seen], 1e-5, f"image {b} stage {stage}")
+
+
+def test_packed_equals_dense_with_hidden_keys_removed():
+    """Visible-only encoding is exactly dense Swin without the hidden keys, at all four stages."""
+    images = torch.randn(3, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([[96, 96]] * 3)
+    for config in (ODD, Config(**PRESETS["tiny"] | dict(window=6, depths=(2, 2, 2, 2)))):
+        for strategy in ("random", "block", "grid"):
+            with data.seeded(7):
+                hidden = torch.stack([data.hidden_units(strategy, 6, 0.75) for _ in images])
+            check_packed_against_dense(config, images, sizes, hidden)
+        check_packed_against_dense(config, images, sizes, torch.zeros(3, 6, 6, dtype=torch.bool))
+
+
+def test_packed_equals_dense_ragged():
+    """The same with images of unequal odd sizes in one batch, each hiding its own count."""
+    sizes = torch.tensor([[37, 85], [96, 16], [61, 50]])
+    images = torch.randn(3, 3, 96, 90, generator=torch.Generator().manual_seed(0))
+    hidden = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(3)) < 0.5
+    hidden[:, 0, 0] = False
+    check_packed_against_dense(ODD, images, sizes, hidden)
+
+
+def test_hidden_pixels_change_nothing():
+    """Not one bit of any map or prediction depends on a hidden pixel."""
+    torch.manual_seed(0)
+    net, hidden = noisy(Pretrainer(TINY)), random_hidden(2, 4, 12)
+    images = torch.randn(2, 3, 64, 64)
+    other = images.clone()
+    M.split_units(other, 16)[tuple(hidden.nonzero().unbind(1))] = 1e6 * torch.randn(24, 3, 16, 16)
+    with torch.no_grad():
+        for a, b in zip(net.glid.encode(images, hidden=hidden)[0],
+                        net.glid.encode(other, hidden=hidden)[0]):
+            assert torch.equal(a, b), "a map saw a hidden pixel"
+        a, b = net(images, hidden), net(other, hidden)
+    assert torch.equal(a[0], b[0]), "a prediction saw a hidden pixel"
+    assert not torch.equal(a[1], b[1]), "the test changed nothing"
+
+
+def test_padded_batch_equals_alone():
+    """Each image of a padded batch gets the result that it gets alone, whatever the padding."""
+    torch.manual_seed(0)
+    sizes = [(37, 85), (64, 16), (1, 1), (50, 61)]
+    net = noisy(Segmenter(ODD, {"semantic": 5}, {"semantic": 3})).double().eval()
+    images = [torch.randn(3, h, w).double() for h, w in sizes]
+    batch = torch.full((4, 3, 70, 90), 123.0).double()                      # dirty padding
+    for canvas, image in zip(batch, images):
+        canvas[:, :image.shape[1], :image.shape[2]] = image
+    with torch.no_grad():
+        classes, masks = net(batch, torch.tensor(sizes), "semantic")
+        for b, image in enumerate(images):
+            c, m = net(image[None], None, "semantic")
+            close(classes[:, b], c[:, 0], 1e-9, f"classes of image {b}")
+            h, w = m.shape[-2:]
+            close(masks[:, b, :, :h, :w], m[:, 0], 1e-9, f"masks of image {b}")
+
+
+def test_rows_are_shared_without_collision():
+    """Windows in one row of attention never claim the same slot, and half windows do pair up."""
+    occupied = torch.rand(200, 25, generator=torch.Generator().manual_seed(0)).numpy() < 0.3
+    occupied[:, 0] |= ~occupied.any(1)
+    row = layout.share_rows(occupied)
+    used = np.zeros((row.max() + 1, 25), dtype=int)
+    np.add.at(used, row, occupied)
+    assert used.max() == 1 and used.any(1).all() and len(used) < 170
+    halves = np.zeros((6, 16), dtype=bool)
+    halves[:3, :8] = halves[3:, 8:] = True                                  # Swin's border windows
+    assert layout.share_rows(halves).max() == 2
+    # shifted and all visible: as few rows as Swin's cyclic shift needs
+    seen = torch.ones(1, 6, 6, dtype=torch.bool)
+    tokens = Layout(seen, torch.tensor([[192, 192]]), Config(), "cpu")
+    for stage, rows in ((0, 64), (1, 16), (2, 4), (3, 1)):
+        back = tokens.windows(stage, True, 1)[2]
+        assert int(back.max()) // 36 + 1 == rows, f"stage {stage}"
+
+
+def test_pick_gradient():
+    """The hand-written gradient of window gathering equals autograd's through plain indexing."""
+    torch.manual_seed(0)
+    block = noisy(M.SwinBlock(8, 2, 5, 0.0)).double()
+    hidden = random_hidden(2, 3, 5)
+    tokens = Layout(~hidden, torch.tensor([[48, 48]] * 2), ODD, "cpu")
+    x = torch.randn(len(tokens.coords(0)), 8).double().requires_grad_()
+    weight = torch.randn_like(x)
+    with torch.random.fork_rng():
+        ours = torch.autograd.grad((block(x, tokens, 0, True) * weight).sum(),
+                                   [x, *block.parameters()])
+        pick = layout.Pick.apply
+        layout.Pick.apply = staticmethod(lambda rows, index, inverse: rows[index])
+        try:
+            plain = torch.autograd.grad((block(x, tokens, 0, True) * weight).sum(),
+                                        [x, *block.parameters()])
+        finally:
+            layout.Pick.apply = pick
+    for a, b in zip(ours, plain):
+        close(a, b, 1e-10, "gradients")
+
+
+def test_positions_share_coordinates():
+    """A query at a unit's centre gets the position of the 1/32 key there; images use their own
+    extent, so padding does not move them."""
+    hidden = torch.zeros(2, 6, 6, dtype=torch.bool)
+    tokens = Layout(~hidden, torch.tensor([[192, 192]] * 2), Config(), "cpu")
+    keys = tokens.position(3, 64).view(2, 6, 6, 64)
+    query = layout.sine_position((torch.tensor([2, 5]) + 0.5) / torch.tensor([6, 6]), 64)
+    close(keys[1, 2, 5], query, 1e-6)
+    assert (keys[0, 0, 0] - keys[0, 0, 1]).abs().max() > 0.1
+    close(layout.sine_position(torch.tensor([0.25, 0.0]), 4),
+          torch.tensor([1.0, 0, 0, 1]), 1e-6)                               # sin, cos of y, then x
+
+
+def test_drop_path_keeps_expectation():
+    """A dropped branch vanishes for whole images and is scaled up for the others."""
+    block = M.SwinBlock(8, 2, 4, 0.25)
+    seen = torch.ones(400, 1, 1, dtype=torch.bool)
+    tokens = Layout(seen, torch.tensor([[16, 16]] * 400), TINY, "cpu")
+    torch.manual_seed(0)
+    x = block._drop(torch.ones(400 * 64, 8), tokens, 0).view(400, -1)
+    assert set(x.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert (x == x[:, :1]).all() and abs(x.mean() - 1) < 0.1
+    block.eval()
+    assert (block._drop(x, tokens, 0) == x).all()
+
+
+def test_bias_table_resizes():
+    """Same window: untouched. Larger window: the centre offset keeps its value, ranges survive."""
+    table = torch.randn(13 * 13, 3)
+    assert M.resize_bias_table(table, 7) is table
+    big = M.resize_bias_table(table, 12)
+    assert big.shape == (23 * 23, 3)
+    close(big.view(23, 23, 3)[11, 11], table.view(13, 13, 3)[6, 6], 1e-5)
+    theirs = torchvision.models.swin_t()
+    ours = GLID(Config(window=6, width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24)))
+    ours.backbone.load_state_dict(M.swin_from_torchvision(theirs.state_dict(), ours.config),
+                                  strict=False)
+    assert torch.isfinite(ours.encode(torch.randn(1, 3, 100, 61))[0][0]).all()
+
+
+def test_bifpn_neighbours_only():
+    """The 3x3 convolution sees the neighbours that exist, as a dense one with zeros in holes."""
+    node = noisy(M.Fusion(8, 2)).double()
+    hidden = random_hidden(2, 3, 4)
+    tokens = Layout(~hidden, torch.tensor([[48, 48]] * 2), ODD, "cpu")
+    a, b = torch.randn(2, len(tokens.coords(1)), 8).double()
+    weight = node.weight.relu() / (node.weight.relu().sum() + 1e-4)
+    mixed = tokens.to_grid(F.silu(weight[0] * a + weight[1] * b), 1).permute(0, 3, 1, 2)
+    out = F.conv2d(F.pad(mixed, (1, 1, 1, 1)), node.depthwise.weight, groups=8)
+    out = node.norm(node.pointwise(out.permute(0, 2, 3, 1)))
+    image, y, x = tokens.coords(1).unbind(1)
+    close(node([a, b], tokens, 1), out[image, y, x], 1e-10)
+    close(M.down(M.up(a)), a, 0)
+
+
+# -----------------------------------------------------------------------------
+# The two stages as models
+
+
+def gradients(net, loss):
+    loss.backward()
+    assert torch.isfinite(loss), "loss is not finite"
+    return [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()
+            or not p.grad.isfinite().all()]
+
+
+def test_every_parameter_learns_in_pretraining():
+    for config in (TINY, Config(**PRESETS["tiny"] | dict(depths=(2, 2, 2, 2), decoder_layers=6))):
+        net = Pretrainer(config)
+        prediction, target = net(torch.randn(4, 3, 64, 64), random_hidden(4, 4, 12))
+        assert prediction.shape == target.shape == (4, 12, 3 * 16 * 16)
+        assert not gradients(net, losses.reconstruction_loss(prediction, target))
+
+
+def seg_batch(labels=((0, 2), (1,)), size=64):
+    """Two images with random masks for the given labels."""
+    generator = torch.Generator().manual_seed(0)
+    targets = []
+    for n in labels:                                        # blobs of 8 x 8 px
+        blobs = torch.rand(len(n), size // 8, size // 8, generator=generator) < 0.5
+        blobs = blobs.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        targets.append({"labels": torch.tensor(n, dtype=torch.long), "masks": blobs})
+    return torch.randn(len(labels), 3, size, size, generator=generator), targets
+
+
+def seg_loss(net, images, targets):
+    sizes = torch.tensor([[64, 64]] * len(images))
+    classes, masks = net(images, sizes, "semantic", every_layer=True)
+    count = max(1, sum(len(t["labels"]) for t in targets))
+    return losses.segmentation_loss(classes, masks, targets, (64, 64), count, 128)["loss"]
+
+
+def test_every_parameter_learns_in_finetuning():
+    torch.manual_seed(0)
+    net = Segmenter(TINY, {"semantic": 6}, {"semantic": 3})
+    assert not gradients(net, seg_loss(net, *seg_batch()))
+
+
+def test_queries_come_apart():
+    """The e_i start equal (Eq. 3: zero); after one optimiser step all pairs differ."""
+    torch.manual_seed(0)
+    net = Segmenter(TINY, {"semantic": 6}, {"semantic": 3})
+    offsets = net.heads["semantic"].offsets
+    assert not offsets.any()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    seg_loss(net, *seg_batch(labels=((0, 1, 2), (0, 1)))).backward()
+    optimizer.step()
+    used = offsets[:3]                                      # three objects: three queries matched
+    for a, b in itertools.combinations(used, 2):
+        assert not torch.equal(a, b), "two matched queries still ask the same"
+    assert not torch.equal(offsets[0], offsets[5])
+
+
+def test_no_objects():
+    """A batch without any object: finite loss, every head parameter has a gradient tensor."""
+    torch.manual_seed(0)
+    net = Segmenter(TINY, {"semantic": 6}, {"semantic": 3})
+    loss = seg_loss(net, *seg_batch(labels=((), ())))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_config_round_trip():
+    for name in PRESETS:
+        config = Config(**PRESETS[name])
+        assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert config.decoder_layers % 3 == 0 and config.image_size % config.unit == 0
+
+
+def test_base_is_the_papers_size():
+    """Swin-B is 86.9 M without its classifier; the decoder of 6 x 512 about 25 M (METHOD D10)."""
+    net = GLID(Config())
+    count = {k: sum(p.numel() for p in m.parameters()) / 1e6 for k, m in net.named_children()}
+    theirs = torchvision.models.SwinTransformer([4, 4], 128, [2, 2, 18, 2], [4, 8, 16, 32], [6, 6])
+    swin = sum(p.numel() for n, p in theirs.named_parameters() if not n.startswith("head")) / 1e6
+    assert abs(count["backbone"] - swin) < 0.002            # plus the norms of stages 1-3
+    assert 25 < count["decoder"] < 26 and 2 < count["bifpn"] < 3
+
+
+# -----------------------------------------------------------------------------
+# Losses and matching
+
+
+def test_reconstruction_loss_is_equation_2():
+    p = torch.tensor([[[1.0, 2.0], [0.0, 0.0]]])
+    t = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])
+    assert losses.reconstruction_loss(p, t).item() == (5 + 25) / 2          # mean of squared norms
+
+
+def test_pixel_targets():
+    """Hidden units in row-major order; norm_pix standardises each over its own pixels."""
+    images, hidden = torch.randn(2, 3, 64, 64), random_hidden(2, 4, 12)
+    net = Pretrainer(TINY, norm_pix=True)
+    where = hidden.nonzero()
+    target = net.target(images, tuple(where.unbind(1)))
+    b, y, x = where[15].tolist()
+    unit = images[b, :, 16 * y:16 * y + 16, 16 * x:16 * x + 16].reshape(-1)
+    close(target.view(24, -1)[15], (unit - unit.mean()) / unit.std(), 1e-4)
+
+
+def test_matching_equals_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    counts = [3, 0, 2, 4]
+    cost = {"a": torch.rand(2, 4, 5, 4, generator=generator),
+            "b": torch.rand(2, 4, 5, 4, generator=generator)}
+    layer, image, query, obj = losses.hungarian(cost, counts)
+    total = cost["a"] + cost["b"]
+    for la, b in itertools.product(range(2), range(4)):
+        best = min(sum(total[la, b, q, o].item() for o, q in enumerate(order))
+                   for order in itertools.permutations(range(5), counts[b]))
+        mine = (layer == la) & (image == b)
+        assert mine.sum() == counts[b] and len(set(query[mine].tolist())) == counts[b]
+        assert sorted(obj[mine].tolist()) == list(range(counts[b]))
+        assert abs(total[la, b, query[mine], obj[mine]].sum().item() - best) < 1e-5
+
+
+def test_matching_names_the_bad_cost():
+    bad = torch.zeros(1, 1, 2, 2)
+    bad[0, 0, 0, 1] = float("nan")
+    with raises(FloatingPointError, "dice"):
+        losses.hungarian({"mask": torch.zeros(1, 1, 2, 2), "dice": bad}, [2])
+    assert len(losses.hungarian({"dice": bad}, [1])[0]) == 1        # padding may be anything
+
+
+def test_mask_losses_by_formula():
+    """Elementwise, pairwise and plain-Python cross-entropy and dice agree."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 7, generator=generator)
+    t = (torch.rand(3, 7, generator=generator) < 0.5).float()
+    ce, dice = losses.mask_losses(x, t)
+    pair_ce, pair_dice = (c[0] for c in losses.pairwise_mask_cost(x[None], t[None]))
+    for i, j in itertools.product(range(3), repeat=2):
+        p = [1 / (1 + math.exp(-v)) for v in x[i].tolist()]
+        y = t[j].tolist()
+        a = -sum(math.log(q) if k else math.log(1 - q) for q, k in zip(p, y)) / 7
+        b = 1 - (2 * sum(q * k for q, k in zip(p, y)) + 1) / (sum(p) + sum(y) + 1)
+        assert abs(pair_ce[i, j] - a) < 1e-5 and abs(pair_dice[i, j] - b) < 1e-5
+        if i == j:
+            assert abs(ce[i] - a) < 1e-5 and abs(dice[i] - b) < 1e-5
+
+
+def test_sampled_points():
+    """Points: values are bilinear at pixel centres, stay inside the image, and seek the border."""
+    ramp = torch.arange(8.0).expand(1, 8, 8)                                # value = column
+    at = torch.tensor([[[(2 + 0.5) / 8, 0.5], [3 / 8, 0.1]]])
+    close(losses.sample_points(ramp, at), torch.tensor([[2.0, 2.5]]), 1e-6)
+    torch.manual_seed(0)
+    logits = (torch.arange(32.0) - 8).expand(2, 32, 32) * 3                 # zero at column 8
+    points = losses.uncertain_points(logits, torch.tensor([[0.5, 0.25], [1.0, 1.0]]), 400)
+    assert (points[0] <= torch.tensor([0.5, 0.25])).all() and points[1].max() > 0.9
+    near = ((points[1, :, 0] * 32 - 8.5).abs() < 7).float()
+    assert near[:300].mean() == 1 and near[300:].mean() < 0.6       # 3/4 uncertain, rest not
+
+
+def test_segmentation_loss_ignores_the_order_of_queries():
+    """A perfect answer costs the same in whichever queries it stands; its opposite far more."""
+    _, targets = seg_batch(labels=((0, 2), (1,)), size=32)
+    costs = []
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        classes, masks = torch.full((1, 2, 4, 4), -20.0), torch.full((1, 2, 4, 32, 32), -20.0)
+        for b, t in enumerate(targets):
+            for n, q in enumerate(order):
+                found = n < len(t["labels"])
+                classes[0, b, q, t["labels"][n] if found else 3] = 20
+                if found:
+                    masks[0, b, q] = torch.where(t["masks"][n], 20.0, -20.0)
+        torch.manual_seed(0)
+        parts = losses.segmentation_loss(classes, masks, targets, (32, 32), 3, 400)
+        wrong = losses.segmentation_loss(-classes, -masks, targets, (32, 32), 3, 400)
+        # on a border the sampled logit passes through zero: not exactly 0
+        assert parts["class"] < 1e-6 and parts["mask"] < 0.7 and parts["dice"] < 0.2
+        assert wrong["class"] > 10 and wrong["mask"] > 5
+        total = 2 * parts["class"] + 5 * parts["mask"] + 5 * parts["dice"]
+        assert abs(parts["loss"] - total) < 1e-5
+        costs.append(parts)
+    assert abs(costs[0]["dice"] - costs[1]["dice"]) < 0.05
+    # no-object weighs a tenth: query 0 wrong costs log 4 x 1, query 3 (no object) log 4 x 0.1
+    for q, weight in ((0, 1.0), (3, 0.1)):
+        classes[0] = -20.0
+        classes[0, 0, [0, 1, 2, 3], [0, 2, 3, 3]] = classes[0, 1, :, 3] = 20
+        classes[0, 1, 0] = torch.tensor([-20.0, 20, -20, -20])
+        classes[0, 0, q] = 0
+        masks[:] = -20
+        masks[0, 0, :2] = torch.where(targets[0]["masks"], 20.0, -20.0)
+        masks[0, 1, 0] = torch.where(targets[1]["masks"][0], 20.0, -20.0)
+        found = losses.segmentation_loss(classes, masks, targets, (32, 32), 3, 64)["class"]
+        assert abs(found - weight * math.log(4) / (3 + 5 * 0.1)) < 1e-4
+
+
+# -----------------------------------------------------------------------------
+# Metrics, by hand
+
+
+def near(a, b):
+    return np.allclose(a, b, rtol=0, atol=1e-12)
+
+
+def boxes_ap(truth, found, scores, **flags):
+    """AP of one image with one category."""
+    ap = metrics.AveragePrecision("box", [1])
+    ap.update(0, {"labels": np.ones(len(found)), "scores": scores, "boxes": found},
+              {"labels": np.ones(len(truth)), "boxes": truth, **flags})
+    return ap.result()
+
+
+def test_metrics_box_ap_by_hand():
+    """Hit (IoU 1), miss, hit (IoU .62): at .5 .55 .6 precision is 1, 1/2, 2/3 at recall 1/2, 1/2,
+    1; at the other seven thresholds the curve ends at recall 1/2, i.e. after 51 of 101 points."""
+    r = boxes_ap([[0, 0, 10, 10], [50, 0, 60, 10]],
+                 [[50, 0, 56.2, 10], [0, 0, 10, 10], [20, 20, 30, 30]], [.7, .9, .8])
+    low, high = (51 + 50 * 2 / 3) / 101, 51 / 101
+    assert near([r["AP"], r["AP50"], r["AP75"]], [(3 * low + 7 * high) / 10, low, high])
+    assert near([r["AR1"], r["AR10"], r["AR100"]], [.5, .65, .65])
+    assert r["APs"] == r["AP"] and r["APm"] == r["APl"] == -1 and r["per_category"] == {1: r["AP"]}
+
+
+def test_metrics_crowd_is_never_wrong_and_never_used_up():
+    truth = [[0, 0, 10, 10], [100, 0, 200, 100]]
+    found, scores = [[0, 0, 10, 10], [100, 0, 140, 40], [110, 0, 150, 40]], [.5, .9, .8]
+    assert boxes_ap(truth, found, scores, iscrowd=[0, 1])["AP"] == 1.0
+    # as ordinary objects the two would be misses above the hit, and the big box is missed as well
+    assert near(boxes_ap(truth, found, scores)["AP"], 51 / 101 / 3)
+
+
+def test_metrics_area_range_ignores_what_is_outside():
+    r = boxes_ap([[0, 0, 10, 10]], [[0, 0, 10, 10], [300, 300, 500, 500]], [.5, .9])
+    assert near([r["AP"], r["APs"], r["APl"]], [.5, 1, -1])  # the big miss is not a small miss
+    r = boxes_ap([[0, 0, 40, 40]], [[0, 0, 40, 40]], [1], area=[1000])  # the file's area decides
+    assert r["APs"] == 1 and r["APm"] == -1
+
+
+def test_metrics_regular_truth_goes_before_a_closer_ignored_one():
+    truth = [[0, 0, 100, 62], [0, 0, 100, 90]]  # IoU .62 and .9
+    r = boxes_ap(truth, [[0, 0, 100, 100]], [1], ignore=[False, True])
+    assert near([r["AP50"], r["AR100"]], [1, .3])
+
+
+def test_metrics_at_most_100_detections_per_image_and_category():
+    far = [[500 + i, 0, 510 + i, 10] for i in range(100)]
+    r = boxes_ap([[0, 0, 10, 10]], far + [[0, 0, 10, 10]], [.9] * 100 + [.1])
+    assert r["AP"] == 0 and r["AR100"] == 0  # the hit is number 101
+    r = boxes_ap([[0, 0, 10, 10]], far[:99] + [[0, 0, 10, 10]], [.9] * 99 + [.1])
+    assert r["AR100"] == 1 and r["AR10"] == 0 and near(r["AP"], .01)
+
+
+def test_metrics_mask_iou_counts_pixels():
+    truth, found = np.zeros((2, 1, 300, 300), bool)
+    truth[0, :, :100] = True
+    for bottom, ap in ((80, 0.0), (300, 1.0), (186, .3)):  # IoU is bottom / 300, the last .62
+        found[0] = False
+        found[0, :bottom, :100] = True
+        metric = metrics.AveragePrecision("mask", [4, 7])
+        metric.update(0, {"labels": [4], "scores": [1], "masks": found},
+                      {"labels": [4], "masks": truth})
+        assert near(metric.result()["AP"], ap) and metric.result()["per_category"][7] == -1
+
+
+def test_metrics_oks_by_hand():
+    """Only the nose is labelled and is off by 2 sigma sqrt(area): OKS = exp(-1/2) = .6065."""
+    truth, found = np.zeros((2, 1, 17, 3))
+    truth[0, 0] = 30, 40, 2
+    found[0, 0, :2] = 30 + 2 * .026 * 100, 40
+    person = {"labels": [1], "keypoints": truth, "boxes": [[0, 0, 100, 200]], "area": [100**2]}
+    ap = metrics.AveragePrecision("keypoint", [1])
+    ap.update(0, {"labels": [1], "scores": [1], "keypoints": found}, person)
+    r = ap.result()
+    assert near([r["AP"], r["AP50"], r["AP75"], r["APl"], r["AR"]], [.3, 1, 0, .3, .3])
+    # a person without labelled joints: found inside the grown box is ignored, outside is a miss
+    for image, x in ((1, 199.0), (2, 260.0)):
+        ap.update(image, {"labels": [1], "scores": [2], "keypoints": np.full((1, 17, 3), x)},
+                  {**person, "keypoints": 0 * truth})
+        assert near(ap.result()["AP50"], 1 / image)
+
+
+def test_metrics_score_ties_go_by_image_id_and_merge_counts_an_image_once():
+    hit = {"labels": [1], "scores": [.5], "boxes": [[0, 0, 9, 9]]}
+    there, nothing = {"labels": [1], "boxes": [[0, 0, 9, 9]]}, {"labels": [], "boxes": []}
+    for right, expected in ((3, 1.0), (8, .5)):  # images 3 and 8 tie: the hit is first or second
+        one, two = (metrics.AveragePrecision("box", [1]) for _ in range(2))
+        one.update(8, hit, there if right == 8 else nothing)
+        two.update(3, hit, there if right == 3 else nothing)
+        two.update(8, hit, there if right == 8 else nothing)  # a sampler's padding
+        one.merge(pickle.loads(pickle.dumps(two)))
+        assert one.result()["AP"] == expected
+
+
+def test_metrics_panoptic_by_hand():
+    target = np.array([[1, 1, 1, 1, 2, 2, 3, 3, 0, 0]])
+    found = np.array([[7, 7, 7, 8, 8, 8, 9, 9, 7, 6]])
+    segments = [dict(id=1, category=10, iscrowd=0), dict(id=2, category=20, iscrowd=0),
+                dict(id=3, category=10, iscrowd=1)]
+    pq = metrics.PanopticQuality([(10, True), (20, False), (30, True)])
+    # 7 on 1: 3 of 4 pixels, void not in the union. 8 on 2: 2 of 3. 9 on a crowd, 6 on void: no FP
+    pq.update(found, {6: 20, 7: 10, 8: 20, 9: 10}, target, segments)
+    assert near([pq.result()[k] for k in ("PQ_things", "PQ_stuff")], [3 / 4, 2 / 3])
+    pq.update(found[:, :6], {7: 20, 8: 20}, target[:, :6], segments[:2])  # 7 is now FP, 1 is FN
+    r = pq.result()
+    assert near(r["per_category"][10], [.75 / 1.5, .75, 1 / 1.5]) and near(r["RQ_stuff"], 2 / 2.5)
+
+
+def test_metrics_miou_and_depth_by_hand():
+    miou, depth = metrics.MeanIoU(20), metrics.DepthErrors(1e-3, 10)
+    miou.update(np.array([[0, 0, 1, 19, 5]]), np.array([[0, 1, 1, 19, 255]], np.uint8))
+    assert near(miou.result()["mIoU"], (1 / 2 + 1 / 2 + 1) / 3)  # 17 absent classes do not count
+    assert near(miou.result()["pixel_accuracy"], 3 / 4)
+    for wrong in (20, -1):
+        try:
+            miou.update(np.array([[0]]), np.array([[wrong]]))
+            raise AssertionError("a label out of range was accepted")
+        except ValueError as error:
+            assert "20 classes" in str(error)
+    depth.update(np.array([[2.0, 4.0, 1.0]]), np.array([[1.0, 2.0, 0.0]]))  # twice too far, a hole
+    depth.update(np.array([[3.0]]), np.array([[11.0]]))  # out of range: no valid pixel
+    r = depth.result()
+    assert near([r[k] for k in depth.NAMES], [0, 0, 0, 1, np.sqrt(2.5), np.log10(2), 0])
+    assert (r["images"], r["skipped"]) == (1, 1)
+
+
+# -----------------------------------------------------------------------------
+# Data
+
+
+def test_hidden_unit_counts():
+    """27 of 36 at 75 % for every strategy; MAE's rounding; the strategies look as they should."""
+    for strategy in ("random", "block", "grid"):
+        with data.seeded(1):
+            masks = [data.hidden_units(strategy, 6, 0.75) for _ in range(20)]
+        assert all(m.sum() == 27 for m in masks), strategy
+        assert (strategy == "grid") == all(torch.equal(m, masks[0]) for m in masks)
+    cells = masks[0].view(3, 2, 3, 2).permute(0, 2, 1, 3).reshape(9, 4)
+    assert (cells.sum(1) == 3).all()
+    assert data.hidden_units("random", 6, 0.6).sum() == 22                  # METHOD A5
+    def borders(m):                                                         # block masks are lumps
+        return (m[1:] != m[:-1]).sum() + (m[:, 1:] != m[:, :-1]).sum()
+    with data.seeded(2):
+        lumps, dust = (sum(borders(data.hidden_units(s, 12, 0.5)) for _ in range(20))
+                       for s in ("block", "random"))
+    assert lumps < 0.7 * dust
+
+
+def write_photo(path, size=(40, 30), mode="RGB", **options):
+    shape = size[1] // 5, size[0] // 5, 3
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    image = Image.fromarray(pixels).resize(size, Image.BICUBIC)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.convert(mode).save(path, **options)
+    return np.asarray(image).astype(int)
+
+
+def test_photo_formats():
+    """Grey, palette, CMYK, alpha, 16 bit and rotated photos come out upright, 8 bit, RGB."""
+    with folder() as at:
+        truth = write_photo(at / "rgb.png")
+        grey = truth @ [0.299, 0.587, 0.114]
+        for name, mode in (("l.png", "L"), ("la.png", "LA"), ("p.png", "P"), ("cmyk.jpg", "CMYK"),
+                           ("rgba.png", "RGBA"), ("one.png", "1"), ("rgb.jpg", "RGB")):
+            write_photo(at / name, mode=mode)
+            image = data.read_image(at / name)
+            assert image.dtype == torch.uint8 and image.shape == (3, 30, 40), name
+            expected = grey[..., None] if mode in "LA" else truth
+            if mode not in ("1", "P"):
+                error = np.abs(image.permute(1, 2, 0).numpy() - expected).mean()
+                assert error < 12, f"{name} is off by {error}"
+        Image.fromarray((grey * 257).astype(np.uint16)).save(at / "16.png")
+        wide = data.read_image(at / "16.png").permute(1, 2, 0).numpy()
+        assert np.abs(wide - grey[..., None]).max() <= 1
+        exif = Image.Exif()
+        exif[0x0112] = 6                                                    # "rotate 90 clockwise"
+        Image.open(at / "rgb.png").save(at / "turned.png", exif=exif)
+        assert (data.read_image(at / "turned.png").permute(1, 2, 0).numpy()
+                == np.rot90(truth, -1)).all()
+
+
+def test_broken_photos_are_named():
+    with folder() as at:
+        write_photo(at / "whole.jpg", (200, 200))
+        whole = (at / "whole.jpg").read_bytes()
+        (at / "half.jpg").write_bytes(whole[:len(whole) // 2])
+        (at / "empty.png").write_bytes(b"")
+        (at / "text.jpg").write_text("<html>not found</html>")
+        Image.fromarray(np.ones((4, 4), np.float32)).save(at / "float.tiff")
+        Image.new("1", (20000, 20000)).save(at / "huge.png")
+        for name in ("half.jpg", "empty.png", "text.jpg", "float.tiff", "huge.png", "missing.jpg"):
+            with raises(InputError, name):
+                data.read_image(at / name)
+
+
+def test_folders_of_photos():
+    """train/ and val/ are respected, flat and nested folders split; nothing found is an error."""
+    with folder() as at:
+        for i in range(25):
+            write_photo(at / "flat" / f"{i % 3}/{i:02d}.jpg")
+        (at / "flat" / "notes.txt").write_text("no photo")
+        train, val = data.open_pretraining(at / "flat", TINY)
+        files = train.source.files + val.source.files
+        assert (len(train), len(val)) == (23, 2) and len(set(files)) == 25
+        write_photo(at / "layout/train/n01/a.JPEG", format="JPEG")
+        write_photo(at / "layout/val/n01/b.JPEG", format="JPEG")
+        train, val = data.open_pretraining(at / "layout", TINY)
+        assert (train.source.files[0].name, val.source.files[0].name) == ("a.JPEG", "b.JPEG")
+        (at / "none").mkdir()
+        for bad in ("none", "missing"):
+            with raises(InputError, str(at / bad)):
+                data.open_pretraining(at / bad, TINY)
+        for flag, options in (("--mask-ratio", dict(ratio=0.99)),
+                              ("--mask grid", dict(mask="grid", ratio=0.5))):
+            with raises(InputError, flag):
+                data.open_pretraining("toyworld:8", TINY, **options)
+        with raises(InputError, "toyworld:x"):
+            data.open_pretraining("toyworld:x", TINY)
+
+
+def test_samples_are_functions_of_seed_epoch_index():
+    """Crop and mask repeat exactly, differ between epochs, seeds and images, ignore the caller's
+    random state and leave it alone; data processes change nothing."""
+    train, val = data.open_pretraining("toyworld:12", TINY, seed=3)
+    image, hidden = train[(5, 7)]
+    torch.manual_seed(99)
+    before = torch.random.get_rng_state()
+    again = train[(5, 7)]
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert torch.equal(image, again[0]) and torch.equal(hidden, again[1])
+    assert image.dtype == torch.uint8 and image.shape == (3, 64, 64) and hidden.shape == (4, 4)
+    other = data.open_pretraining("toyworld:12", TINY, seed=4)[0]
+    for changed in (train[(6, 7)], train[(5, 8)], other[(5, 7)]):
+        assert not torch.equal(image, changed[0])
+    assert torch.equal(val[(0, 2)][0], val[(0, 2)][0])
+    ids = [[(2, i) for i in range(4)], [(2, 9), (2, 5)]]
+    for workers in (0, 2):
+        found = list(torch.utils.data.DataLoader(train, batch_sampler=ids, num_workers=workers))
+        for batch, batch_ids in zip(found, ids):
+            for x, i in zip(batch[0], batch_ids):
+                assert torch.equal(x, train[i][0]), f"{workers} workers"
+
+
+def test_batches_do_not_depend_on_processes():
+    """The samples of a step are the same on 1 process, on 2, with accumulation, and after a resume;
+    an epoch visits no sample twice."""
+    def steps(size, accumulate, world, start=0):
+        args = argparse.Namespace(batch_size=size, accumulate=accumulate, seed=1)
+        shares = [list(data_training_batches(args, rank, world, start)) for rank in range(world)]
+        return [sorted(sum((s[i * accumulate + a] for s in shares for a in range(accumulate)), []))
+                for i in range(len(shares[0]) // accumulate)]
+
+    def data_training_batches(args, rank, world, start):
+        return training.Batches(21, args, training.Run(torch.device("cpu"), rank, world), start, 7)
+    one = steps(4, 1, 1)
+    assert one == steps(2, 1, 2) == steps(2, 2, 1) == steps(1, 2, 2)
+    assert steps(2, 1, 2, start=3) == one[3:]
+    first = sum(one[:5], [])
+    assert len(set(first)) == 20 and {e for e, _ in first} == {0} and one[5][0][0] == 1
+    assert [i for _, i in one[0]] != [i for _, i in one[5]]
+    for world in (1, 2, 3):                                                 # evaluation: each once
+        ids = [i for r in range(world) for b in
+               training.share(7, training.Run(torch.device("cpu"), r, world), 2) for _, i in b]
+        assert sorted(ids) == list(range(7))
+
+
+def test_toyworld_is_consistent():
+    """Boxes are the boxes of their masks, masks are disjoint, all label maps tell one story."""
+    for size in (64, 97):
+        for index in range(12):
+            s = toyworld.scene(3, index, size)
+            again = toyworld.scene(3, index, size)
+            assert all(np.array_equal(s[k], again[k]) for k in s)
+            assert s["masks"].sum(0).max() <= 1
+            for k, (mask, box, c) in enumerate(zip(s["masks"], s["boxes"], s["classes"])):
+                y, x = np.nonzero(mask)
+                assert box.tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+                assert (s["semantic"][mask] == c).all() and (s["panoptic"][mask] == k + 1).all()
+                points = s["keypoints"][k]
+                assert (points[:, 2] > 0).any() == points.any() and (c == 0 or not points.any())
+                assert (points[points[:, 2] > 0, :2] < size).all()
+            stuff = ~s["masks"].any(0)
+            assert (s["panoptic"][stuff] == 1000 + s["semantic"][stuff].astype(int)).all()
+            sky = s["semantic"] == toyworld.SKY
+            assert ((s["depth"] == 0) == sky).all() and s["depth"].max() <= 10
+    assert (np.sort(toyworld.FLIP) == np.arange(17)).all()
+    assert all(toyworld.FLIP[toyworld.FLIP[i]] == i for i in range(17))
+
+
+def test_toyworld_exports_imagenet():
+    with folder() as at, quiet():
+        for split, count in (("train", 6), ("val", 3)):
+            toyexport.export(at, "imagenet", count, 64, 0, split)
+        train, val = data.open_pretraining(at, TINY)
+        assert (len(train), len(val)) == (6, 3)
+        start = toyworld.SPLIT_START["val"]
+        scenes = [torch.from_numpy(toyworld.scene(0, start + i, 64)["image"]).float()
+                  for i in range(3)]
+        for i in range(3):
+            photo = val.source[i]["image"].permute(1, 2, 0).float()
+            assert min((photo - s).abs().mean() for s in scenes) < 10      # JPEG; others: 40
+
+
+def test_segmentation_samples_stay_aligned():
+    """Photo and labels get the same crop and flip: a photo painted by its labels stays so."""
+    train, val = data.open_segmentation("toyworld:6", 64)
+    transform = data.segmentation_transform(True, 64)
+    transform = data.v2.Compose([t for t in transform.transforms
+                                 if not isinstance(t, data.v2.RandomPhotometricDistort)])
+    for i in range(6):
+        semantic = train.source[i]["semantic"]
+        sample = {"image": data.tv_tensors.Image(semantic.expand(3, -1, -1) * 20),
+                  "semantic": semantic}
+        with data.seeded(i):
+            out = transform(sample)
+        assert out["image"].shape[1:] == out["semantic"].shape and max(out["semantic"].shape) <= 64
+        error = (out["image"][0].float() / 20 - out["semantic"].float()).abs()
+        assert (error < 0.5).float().mean() > 0.8                   # but for blurred borders
+        sample = train[(0, i)]
+        masks, labels = sample["masks"], sample["labels"]
+        assert (masks.sum(0) == 1).all() and masks.any(-1).any(-1).all()
+        assert len(set(labels.tolist())) == len(labels)
+    original = val[(0, 2)]
+    assert torch.equal(original["semantic"], val.source[2]["semantic"])
+
+
+def test_collate_pads_bottom_right():
+    samples = [{"image": torch.full((3, h, w), 7, dtype=torch.uint8), "labels": torch.arange(2)}
+               for h, w in ((4, 9), (6, 5))]
+    images, sizes, targets = data.collate(samples)
+    assert images.shape == (2, 3, 6, 9) and sizes.tolist() == [[4, 9], [6, 5]]
+    assert images[0, :, 4:].sum() == 0 and images[1, 0].sum() == 7 * 30 and len(targets) == 2
+
+
+def test_ignored_labels_have_no_mask():
+    class Source:
+        classes = ("a", "b")
+        def __len__(self):
+            return 1
+        def __getitem__(self, i):
+            semantic = torch.full((64, 64), 255, dtype=torch.uint8)
+            semantic[:, :20] = 1
+            return {"image": data.tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8)),
+                    "semantic": data.tv_tensors.Mask(semantic)}
+    for epoch in range(5):
+        sample = data.Segmentation(Source(), True, 64, 0)[(epoch, 0)]
+        assert set(sample["labels"].tolist()) <= {1}
+
+
+# -----------------------------------------------------------------------------
+# Segmentation inference
+
+
+def test_inference_reaches_original_pixels():
+    """Two queries that split the true image left | right, in a padded canvas: so does the answer,
+    at the original size."""
+    classes = torch.tensor([[[9.0, 0, 0], [0, 9.0, 0], [0, 0, 9.0]]])
+    masks = torch.full((1, 3, 16, 24), -9.0)
+    masks[0, 0, :, :8], masks[0, 1, :, 8:] = 9, 9
+    masks[0, 2] = 9                                         # "no object" everywhere: must not count
+    scores = finetune_seg.semantic_inference(classes, masks)
+    found = finetune_seg.at_original(scores[0], (50, 64), (64, 96), (100, 128)).argmax(0)
+    assert found.shape == (100, 128)
+    assert (found[:, :62] == 0).all() and (found[:, 66:] == 1).all()
+
+
+# -----------------------------------------------------------------------------
+# Schedules, optimiser, checkpoints
+
+
+def test_schedules():
+    values = [training.cosine(s, 100, 10) for s in range(100)]
+    assert values[0] == 0.1 and values[9] == 1 and max(values) == 1 and values[99] < 1e-3
+    assert abs(values[55] - 0.5) < 1e-9 and all(a > b for a, b in zip(values[10:], values[11:]))
+    assert training.poly(0, 10) == 1 and abs(training.poly(5, 10) - 0.5 ** 0.9) < 1e-12
+
+
+def test_parameter_groups():
+    """Every parameter once; no decay on vectors, tokens, bias tables and e_i; scales by name."""
+    net = Segmenter(TINY, {"semantic": 6}, {"semantic": 3})
+    groups = training.param_groups(net, 0.05, [("offsets", 10.0), ("backbone", 0.1)])
+    place = {id(p): g for g in groups for p in g["params"]}
+    assert len(place) == sum(len(g["params"]) for g in groups) == len(list(net.parameters()))
+    for name, p in net.named_parameters():
+        g = place[id(p)]
+        assert g["scale"] == (10 if "offsets" in name else 0.1 if "backbone" in name else 1)
+        matrix = name.endswith("weight") and p.ndim > 1
+        assert g["weight_decay"] == (0.05 if matrix else 0), name
+
+
+def args_for(script, *flags):
+    return training.parse(script.flags(), script.PRESETS, ["--preset", "tiny", *map(str, flags)])
+
+
+def test_pretrained_parts_load_bit_equal():
+    """Each part arrives bit-equal or not at all; what does not fit is named and changes nothing."""
+    with folder() as at, quiet():
+        torch.manual_seed(1)
+        net, state = noisy(Pretrainer(TINY)), training.Run(torch.device("cpu"))
+        args = args_for(pretrain, "--out", at)
+        optimizer = torch.optim.AdamW(net.parameters())
+        checkpoints.keep(args, net, optimizer, state, 5, 0.1, is_best=True)
+        for parts in (["backbone"], ["backbone", "bifpn"], list(checkpoints.PARTS)):
+            task = Segmenter(TINY, {"semantic": 6}, {"semantic": 3})
+            checkpoints.load_parts(task.glid, at / "best.pt", parts, state)
+            for part in checkpoints.PARTS:
+                a, b = (getattr(n.glid, part).state_dict() for n in (net, task))
+                same = all(torch.equal(a[k], b[k]) for k in a)
+                assert same == (part in parts), part
+        small = GLID(Config(**PRESETS["tiny"] | dict(width=32, heads=(1, 2, 4, 8))))
+        with raises(InputError, "best.pt", "backbone", "tiny"):
+            checkpoints.load_parts(small, at / "best.pt", ["backbone"], state)
+        with raises(InputError, "--load neck"):
+            checkpoints.load_parts(task.glid, at / "best.pt", ["neck"], state)
+        wide = GLID(Config(**PRESETS["tiny"] | dict(window=6)))             # another window is fine
+        checkpoints.load_parts(wide, at / "best.pt", ["backbone"], state)
+        old, new = (g.backbone.stages[0][0].attn.bias_table for g in (net.glid, wide))
+        assert torch.equal(new, M.resize_bias_table(old, 6))
+        (at / "bad.pt").write_bytes(b"PK\x03\x04 broken")
+        torch.save({"weights": torch.ones(1)}, at / "other.pt")
+        for name in ("bad.pt", "other.pt", "none.pt"):
+            with raises(InputError, name):
+                checkpoints.load_parts(task.glid, at / name, ["backbone"], state)
+        theirs = torchvision.models.swin_t()
+        torch.save(theirs.state_dict(), at / "swin_t.pth")
+        twin = GLID(Config(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), dim=64))
+        checkpoints.load_torchvision(twin, f"torchvision:{at}/swin_t.pth", state)
+        assert torch.equal(twin.backbone.merges[0].reduction.weight,
+                           theirs.features[2].reduction.weight)
+        with raises(InputError, "--init-backbone"):
+            checkpoints.load_torchvision(task.glid, f"torchvision:{at}/swin_t.pth", state)
+
+
+def test_checkpoint_survives_a_failed_write():
+    """If writing breaks off at any point, the last good checkpoint is still there."""
+    with folder() as at:
+        checkpoints.save({"step": 1}, at / "last.pt")
+        real = torch.save
+        def broken(state, f):
+            f.write(b"half a checkpoint")
+            raise OSError("disk full")
+        torch.save = broken
+        try:
+            checkpoints.save({"step": 2}, at / "last.pt")
+            raise AssertionError("the write did not fail")
+        except OSError:
+            pass
+        finally:
+            torch.save = real
+        assert torch.load(at / "last.pt")["step"] == 1
+
+
+TOY = ["--data", "toyworld:36", "--batch-size", 4, "--workers", 1, "--save-every", 2]
+
+
+def command(script, *flags, processes=1):
+    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone",
+                                          f"--nproc_per_node={processes}"]
+    return [sys.executable, *launcher, str(HERE / script), "--preset", "tiny", *map(str, flags)]
+
+
+def launch(*args, **kwargs):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command(*args, **kwargs), env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process, code=0):
+    output = process.communicate()[0]
+    assert process.returncode == code, f"exit code {process.returncode}:\n{output[-2000:]}"
+    return output
+
+
+def differences(a, b):
+    """Largest difference between the tensors of two checkpoints."""
+    a, b = (torch.load(p, weights_only=True) for p in (a, b))
+    assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
+    pairs = [(a["model"][k], b["model"][k]) for k in a["model"]]
+    for i, s in a["optimizer"]["state"].items():
+        pairs += [(s[k], b["optimizer"]["state"][i][k]) for k in s]
+    return max((x.float() - y.float()).abs().max().item() for x, y in pairs)
+
+
+def test_resume_is_exact():
+    """Killed (SIGKILL) wherever it happens to be, mid-epoch, with a data process, and resumed, a
+    run ends with the same bits as one that was never killed; so does its log."""
+    with folder() as at:
+        flags = [*TOY, "--steps", 24, "--accumulate", 2]                    # 4 steps an epoch
+        whole = launch("pretrain.py", *flags, "--out", at / "whole")
+        killed = launch("pretrain.py", *flags, "--out", at / "killed")
+        while not (at / "killed/last.pt").exists():
+            assert killed.poll() is None, finish(killed)
+            time.sleep(0.05)
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+        finish(whole)
+        step = torch.load(at / "killed/last.pt", weights_only=True)["step"]
+        assert step < 24, "the run ended before it was killed"
+        finish(launch("pretrain.py", *flags, "--out", at / "killed", "--resume"))
+        assert differences(at / "whole/last.pt", at / "killed/last.pt") == 0
+        assert (at / "whole/log.jsonl").read_text() == (at / "killed/log.jsonl").read_text()
+
+
+def test_segmentation_resumes_exactly():
+    """The same for fine-tuning, whose losses sample random points; stopped after 3 of 6 steps."""
+    with folder() as at, quiet():
+        flags = [*TOY, "--steps", 6, "--eval-every", 3, "--points", 64, "--drop-path", 0.2]
+        whole = args_for(finetune_seg, *flags, "--out", at / "whole")
+        finetune_seg.main(whole)
+        part = args_for(finetune_seg, *flags, "--out", at / "part")
+        real = checkpoints.keep
+        def stop_after(*a, **k):
+            real(*a, **k)
+            if a[4] == 4:
+                raise KeyboardInterrupt
+        checkpoints.keep = stop_after
+        try:
+            finetune_seg.main(part)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            checkpoints.keep = real
+        part.resume = True
+        finetune_seg.main(part)
+        assert differences(at / "whole/last.pt", at / "part/last.pt") == 0
+
+
+def test_two_processes_train_as_one():
+    """Two processes (gloo) and one with the same total batch agree after several steps."""
+    with folder() as at:
+        flags = ["--data", "toyworld:36", "--workers", 1, "--steps", 5]
+        two = launch("pretrain.py", *flags, "--batch-size", 4, "--out", at / "two", processes=2)
+        finish(launch("pretrain.py", *flags, "--batch-size", 8, "--out", at / "one"))
+        finish(two)
+        assert weights_differ(at / "one/last.pt", at / "two/last.pt") < 1e-5
+        a, b = (json.loads((at / n / "log.jsonl").read_text().splitlines()[-1])["val_loss"]
+                for n in ("one", "two"))
+        assert abs(a - b) < 1e-5
+
+
+def weights_differ(a, b):
+    a, b = (torch.load(p, weights_only=True)["model"] for p in (a, b))
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+def test_two_processes_evaluate_as_one():
+    """mIoU of 7 images on 2 processes, which 7 does not divide, equals that on one."""
+    with folder() as at:
+        flags = ["--data", "toyworld:7", "--workers", 0, "--batch-size", 2, "--out", at]
+        with quiet():
+            finetune_seg.main(args_for(finetune_seg, *flags, "--steps", 3, "--points", 64))
+            one = finetune_seg.main(args_for(finetune_seg, *flags, "--eval"))["mIoU"]
+        output = finish(launch("finetune_seg.py", *flags, "--eval", processes=2))
+        line = next(x for x in output.splitlines() if x.startswith("mIoU"))
+        assert line.startswith(f"mIoU {100 * one:.2f} of 7 images"), line
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+
+def test_wrong_input_is_one_line():
+    """Each wrong input ends with exit code 2 and one line naming the file or the flag."""
+    with folder() as at:
+        for i in range(8):
+            write_photo(at / f"photos/{i}.jpg", (80, 80))
+        (at / "photos/0_broken.jpg").write_bytes((at / "photos/1.jpg").read_bytes()[:700])
+        (at / "used").mkdir()
+        torch.save({}, at / "used/last.pt")
+        out = ["--out", at / "new"]
+        cases = [
+            (pretrain, ["--data", at / "nowhere", *out], "nowhere"),
+            (pretrain, ["--data", at / "photos", "--batch-size", 2, "--workers", 1, *out],
+             "0_broken.jpg"),
+            (pretrain, ["--data", at / "photos", "--batch-size", 64, *out], "--batch-size"),
+            (pretrain, ["--data", "toyworld:8", "--batch-size", 4, "--lr", "nan", *out], "--lr"),
+            (pretrain, ["--data", "toyworld:8", "--out", at / "used"], "--resume"),
+            (pretrain, ["--data", "toyworld:8", "--out", at / "photos/1.jpg"], "--out"),
+            (pretrain, ["--data", "toyworld:8", "--decoder-layers", 4, *out], "--decoder-layers"),
+            (finetune_seg, ["--data", "toyworld:8", "--init", at / "photos/1.jpg", *out], "--init"),
+            (finetune_seg, ["--data", "toyworld:8", "--init", at / "no.pt", *out], "no.pt"),
+            (finetune_seg, ["--data", at / "photos", *out], "--data"),
+        ]
+        for script, flags, word in cases:
+            shown = io.StringIO()
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(shown):
+                try:
+                    training.run(script.main, args_for(script, *flags))
+                    raise AssertionError(f"{flags} was accepted")
+                except SystemExit as end:
+                    assert end.code == 2, flags
+            lines = [x for x in shown.getvalue().splitlines() if x.startswith("error: ")]
+            assert len(lines) == 1 and word in lines[0] and "Traceback" not in shown.getvalue(), \
+                f"{word}: {shown.getvalue()}"
+        assert not (at / "new/last.pt").exists()
+
+
+def test_flags():
+    """Presets change defaults, explicit flags win, the paper's recipe is the default."""
+    args = training.parse(pretrain.flags(), pretrain.PRESETS, ["--data", "x"])
+    assert (args.preset, args.epochs, args.warmup_epochs) == ("base", 600, 40)
+    assert args.mask_ratio == 0.75 and args.batch_size == 64
+    assert args.norm_pix is False and args.weight_decay == 0.05 and args.mask == "random"
+    assert args_for(pretrain, "--epochs", 3).epochs == 3 and args_for(pretrain).data == "toyworld"
+    seg = training.parse(finetune_seg.flags(), finetune_seg.PRESETS, ["--data", "x"])
+    assert (seg.steps, seg.size, seg.points, seg.lr, seg.clip) == (160_000, 640, 12544, 1e-4, 0.01)
+
+
+def test_only_six_packages():
+    """Nothing outside the standard library and the six packages is imported."""
+    import ast
+    allowed = {"torch", "torchvision", "numpy", "PIL", "scipy", "tqdm", *sys.stdlib_module_names,
+               *(p.stem for p in HERE.glob("*.py"))}
+    for path in HERE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert all(n.split(".")[0] in allowed for n in names), f"{path.name}: {names}"
+
+
+# -----------------------------------------------------------------------------
+
+
+def main(pattern=""):
+    torch.set_num_threads(2)
+    tests = [f for name, f in globals().items() if name.startswith("test_") and pattern in name]
+    passed, failed = 0, 0
+    for test in tests:
+        begun = time.perf_counter()
+        try:
+            test()
+            passed, word = passed + 1, "ok"
+        except Exception:
+            failed, word = failed + 1, "FAILED\n" + traceback.format_exc()
+        print(f"{time.perf_counter() - begun:6.1f} s  {test.__name__}  {word}", flush=True)
+    print(f"{passed} passed, {failed} failed")
+    return failed > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:2]))

@@ -1,0 +1,121 @@
+"""ToyWorld on disk, in the official layouts, so that every real loader can be tried without a
+download; and a contact sheet to look at.
+
+    python toyexport.py --preview sheet.png
+    python toyexport.py --out data/toy --layout coco --count 100  # or imagenet, ade20k, nyu
+"""
+import argparse
+import json
+import os
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from toyworld import CLASSES, FOCAL, KEYPOINTS, PALETTE, SKELETON, SPLIT_START, THINGS, scene
+
+
+def export(root, layout, count, size, seed, split):
+    """Write `count` scenes of a split ("train", "val") as "imagenet", "coco", "ade20k" or "nyu"."""
+    coco, pairs = {"instances": [], "person_keypoints": [], "panoptic": []}, []
+    for i in tqdm(range(count), desc=f"{layout} {split}"):
+        s = scene(seed, SPLIT_START[split] + i, size)
+        if layout == "imagenet":  # the folder names the largest object
+            name = THINGS[s["classes"][s["masks"].sum((1, 2)).argmax()]]
+            files = {f"{split}/{name}/{i:06d}.jpg": s["image"]}
+        elif layout == "ade20k":  # 0 means unlabelled there
+            at = f"{dict(train='training', val='validation')[split]}/ADE_{split}_{i:08d}"
+            files = {f"images/{at}.jpg": s["image"], f"annotations/{at}.png": s["semantic"] + 1}
+        elif layout == "nyu":  # 16 bit, millimetres; each line of the list: photo, depth, focal
+            at = dict(train="train", val="test")[split]
+            files = {f"{at}/rgb_{i:05d}.jpg": s["image"],
+                     f"{at}/sync_depth_{i:05d}.png": np.uint16((s["depth"] * 1000).round())}
+            pairs.append(" ".join([*files, f"{FOCAL * size:.4f}\n"]))
+        else:  # the colour of a panoptic pixel is its segment id = R + 256 G + 65536 B
+            ids = np.uint8(s["panoptic"][..., None] // (1, 256, 65536) % 256)
+            files = {f"{split}2017/{i:012d}.jpg": s["image"],
+                     f"annotations/panoptic_{split}2017/{i:012d}.png": ids}
+            for found, more in zip(coco.values(), coco_annotations(s, i)):
+                found += more
+        for name, pixels in files.items():
+            os.makedirs(os.path.dirname(os.path.join(root, name)), exist_ok=True)
+            Image.fromarray(pixels).save(os.path.join(root, name), quality=95)
+
+    if layout == "nyu":
+        with open(os.path.join(root, f"nyudepthv2_{at}_files_with_gt.txt"), "w") as f:
+            f.writelines(pairs)
+    images = [dict(id=i, file_name=f"{i:012d}.jpg", height=size, width=size) for i in range(count)]
+    for key, found in coco.items() if layout == "coco" else ():
+        names = dict(instances=THINGS, person_keypoints=("person",), panoptic=CLASSES)[key]
+        categories = [dict(id=category_id(k), name=n, isthing=int(n in THINGS))
+                      for k, n in enumerate(names)]
+        if key == "person_keypoints":  # COCO counts the joints of a skeleton from 1
+            skeleton = [(a + 1, b + 1) for a, b in SKELETON]
+            categories[0].update(keypoints=KEYPOINTS, skeleton=skeleton)
+        with open(os.path.join(root, f"annotations/{key}_{split}2017.json"), "w") as f:
+            json.dump(dict(images=images, categories=categories, annotations=found), f)
+
+
+def category_id(k):
+    """Class -> COCO category id 3, 7, 11, ...: sparse, as are the 80 ids of COCO up to 90."""
+    return 4 * k + 3
+
+
+def coco_annotations(s, image_id):
+    """One scene -> its entries in the instance, keypoint and panoptic files."""
+    instances, poses, segments = [], [], []
+    for k, (box, mask) in enumerate(zip(s["boxes"].tolist(), s["masks"])):
+        # uncompressed RLE: lengths of the runs down the columns, the first one of zeros
+        changes = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False))
+        counts = np.diff(changes, prepend=0, append=mask.size).tolist()
+        instances.append(dict(
+            id=100 * image_id + k + 1, image_id=image_id, iscrowd=0, area=int(mask.sum()),
+            category_id=category_id(s["classes"][k].item()),
+            bbox=[box[0], box[1], box[2] - box[0], box[3] - box[1]],  # x, y, width, height
+            segmentation=dict(counts=counts, size=mask.shape)))
+        pose = s["keypoints"][k]
+        if s["classes"][k] == THINGS.index("person"):
+            poses.append(dict(instances[-1], keypoints=pose.ravel().tolist(),
+                              num_keypoints=int((pose[:, 2] > 0).sum())))
+    for i in np.unique(s["panoptic"]).tolist():
+        mask = s["panoptic"] == i
+        c = category_id(s["semantic"][mask][0].item())
+        segments.append(dict(id=i, category_id=c, area=int(mask.sum()), iscrowd=0))
+    panoptic = dict(image_id=image_id, file_name=f"{image_id:012d}.png", segments_info=segments)
+    return instances, poses, [panoptic]
+
+
+def preview(file, count, size, seed):
+    """Contact sheet, a scene to a row: photo | classes | depth | boxes and poses."""
+    zoom, rows = max(1, 192 // size), []
+    for i in range(count):
+        s = scene(seed, i, size)
+        depth = np.uint8(s["depth"] * 25.5)[..., None].repeat(3, 2)
+        panels = np.concatenate([s["image"], PALETTE[s["semantic"]], depth, s["image"]], 1)
+        row = Image.fromarray(panels.repeat(zoom, 0).repeat(zoom, 1))
+        draw = ImageDraw.Draw(row)
+        boxes, poses = s["boxes"] * zoom, s["keypoints"] * (zoom, zoom, 1)
+        boxes[:, ::2] += 3 * size * zoom
+        poses[..., 0] += 3 * size * zoom
+        for box, c, pose in zip(boxes.tolist(), s["classes"], poses.tolist()):
+            draw.rectangle(box, outline=tuple(PALETTE[c].tolist()))
+            for (ax, ay, av), (bx, by, bv) in ((pose[a], pose[b]) for a, b in SKELETON):
+                if av and bv:
+                    draw.line((ax, ay, bx, by), "yellow" if av + bv == 4 else "red")
+        rows.append(np.asarray(row))
+    Image.fromarray(np.concatenate(rows)).save(file)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write ToyWorld to disk, or look at it.")
+    parser.add_argument("--preview", help="write a contact sheet to this file")
+    parser.add_argument("--out", help="write a data set to this folder")
+    parser.add_argument("--layout", default="coco", choices=("imagenet", "coco", "ade20k", "nyu"))
+    parser.add_argument("--count", type=int, default=12, help="scenes (of each split)")
+    parser.add_argument("--size", type=int, default=64, help="pixels of a side")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.preview:
+        preview(args.preview, args.count, args.size, args.seed)
+    for split in SPLIT_START if args.out else ():
+        export(args.out, args.layout, args.count, args.size, args.seed, split)
