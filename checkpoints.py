@@ -15,12 +15,17 @@ PARTS = ("backbone", "bifpn", "decoder")        # what a task can inherit (Table
 
 def save(state, path):
     """Write under another name, flush, rename: a kill at any moment leaves a whole checkpoint."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    with open(temporary, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:            # torch reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); "
+                         "the last checkpoint is untouched") from None
 
 
 def read(path, flag):

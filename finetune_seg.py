@@ -88,8 +88,8 @@ def evaluate(model, dataset, args, state, path=None):
     """mIoU over the whole validation set, every image once on one process; picture of the first."""
     model.eval()
     metric, rows = MeanIoU(len(dataset.classes), IGNORE), []
-    for ids in training.share(len(dataset), state, args.batch_size):
-        images, sizes, targets = collate([dataset[i] for i in ids])
+    for images, sizes, targets in training.loader(
+            dataset, training.share(len(dataset), args, state), collate, args, state):
         truths = [t["semantic"] for t in targets]
         found = predict(model, images, sizes, [t.shape for t in truths], state)
         for image, size, truth, guess in zip(images, sizes.tolist(), truths, found):

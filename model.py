@@ -87,7 +87,8 @@ class WindowAttention(nn.Module):
         rows = self.qkv(x).view(tokens * 3 * self.heads, -1)        # [T * 3 * h, d]
         slots = round(len(self.bias_index) ** 0.5)
         q, k, v = Pick.apply(rows, pick, unpick).view(3, -1, self.heads, slots, rows.shape[1])
-        bias = self.bias_table[self.bias_index].view(slots, slots, -1).permute(2, 0, 1)
+        bias = self.bias_table.index_select(0, self.bias_index).view(slots, slots, -1)
+        bias = bias.permute(2, 0, 1)                                # [h, S, S]
         score = (q * rows.shape[1] ** -0.5) @ k.transpose(-2, -1)   # [G, h, S, S]
         score = score + bias if block is None else score.add_(bias).add_(block)
         out = score.softmax(-1).to(v.dtype) @ v                     # [G, h, S, d]

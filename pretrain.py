@@ -55,12 +55,12 @@ def evaluate(model, dataset, args, state):
     """Mean squared error per target value over the whole validation set, all processes."""
     model.eval()
     total, count = 0.0, 0
-    for ids in training.share(len(dataset), state, args.batch_size):
-        images, hidden = (torch.stack(x) for x in zip(*(dataset[i] for i in ids)))
+    for images, hidden in training.loader(dataset, training.share(len(dataset), args, state),
+                                          None, args, state):
         with state.autocast():
             prediction, target = model(normalize(images.to(state.device)), hidden)
-        total += reconstruction_loss(prediction, target).item() * len(ids) / target.shape[-1]
-        count += len(ids)
+        total += reconstruction_loss(prediction, target).item() * len(images) / target.shape[-1]
+        count += len(images)
     model.train()
     total, count = state.sum(total, count)
     return total / count

@@ -219,10 +219,10 @@ def loader(dataset, batches, collate, args, state):
         pin_memory=state.device.type == "cuda", prefetch_factor=4 if args.workers else None)
 
 
-def share(length, state, batch_size):
+def share(length, args, state):
     """Index lists of this process for evaluation: every sample once, on exactly one process."""
     mine = [(0, i) for i in range(state.rank, length, state.world)]
-    return [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    return [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
 
 
 def steps_per_epoch(length, args, state, what):
