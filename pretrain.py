@@ -28,9 +28,9 @@ from model import PIXEL_MEAN, PIXEL_STD, Pretrainer, normalize, split_units
 
 PRESETS = {
     # two CPU cores, about six minutes; raw pixels are the paper's text, normalised ones learn more
-    "tiny": dict(data="toyworld", out="out/pretrain", epochs=40, warmup_epochs=2, batch_size=64,
-                 lr=2e-3, norm_pix=True, workers=1),
-    "small": dict(batch_size=512, out="out/pretrain"),
+    "tiny": dict(data="toyworld", epochs=11, warmup_epochs=1, batch_size=32, lr=2e-3,
+                 norm_pix=True, workers=1),
+    "small": dict(batch_size=512),
 }
 
 
