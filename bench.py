@@ -22,6 +22,7 @@ import torch
 from torchvision.models.swin_transformer import SwinTransformer
 
 from data import hidden_units, seeded
+from layout import Layout
 from losses import reconstruction_loss
 from model import PRESETS, Config, Pretrainer
 from training import autocast_dtype, pick_device
@@ -48,15 +49,21 @@ def contestants(config, device):
         images = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
         return images, torch.stack([hidden_units("random", side, 0.75) for _ in range(batch)])
 
+    def plan(images, hidden):
+        sizes = torch.tensor([images.shape[2:]]).expand(len(images), 2)
+        return Layout(config, sizes, hidden).to(device)
+
     def encoder(images, hidden):
-        maps = backbone(*ours.glid.tokens(images, hidden=hidden))
+        layout = plan(images, hidden)
+        maps = backbone(ours.glid.tokens(images, layout), layout)
         return sum(m.float().square().mean() for m in maps)
 
     losses = {
         "dense": lambda images, hidden: dense(images).float().square().mean(),
         "visible": encoder,
         "all_visible": lambda images, hidden: encoder(images, None),
-        "step": lambda images, hidden: reconstruction_loss(*ours(images, hidden)),
+        "step": lambda images, hidden: reconstruction_loss(
+            *ours(images, plan(images, hidden))),
     }
 
     def runner(loss):

@@ -21,6 +21,7 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 import toyworld
+from layout import Layout
 
 IGNORE = 255                                    # label of pixels that belong to no class
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
@@ -307,9 +308,16 @@ def open_segmentation(path, size, fraction=1.0, seed=0):
     return [Segmentation(s, train, size, seed) for s, train in zip(sources, (True, False))]
 
 
-def collate(samples):
+def collate_pretraining(config, samples):
+    """Samples of Pretraining -> images uint8 [B, 3, S, S] and their Layout."""
+    images, hidden = (torch.stack(x) for x in zip(*samples))
+    sizes = torch.tensor([images.shape[2:]]).expand(len(images), 2)
+    return images, Layout(config, sizes, hidden)
+
+
+def collate(config, samples):
     """Samples with images of any sizes -> images uint8 [B, 3, H, W] padded at the bottom and right,
-    sizes int64 [B, 2] = (h, w) px, targets: list of B dicts with everything else."""
+    their Layout, which hides the padding, and a list of B dicts with everything else."""
     images = [s["image"].as_subclass(torch.Tensor) for s in samples]
     sizes = torch.tensor([i.shape[-2:] for i in images])
     height, width = sizes.amax(0).tolist()
@@ -318,4 +326,4 @@ def collate(samples):
         canvas[:, :image.shape[1], :image.shape[2]] = image
     targets = [{k: v.as_subclass(torch.Tensor) for k, v in s.items() if k != "image"}
                for s in samples]
-    return batch, sizes, targets
+    return batch, Layout(config, sizes), targets

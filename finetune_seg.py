@@ -75,25 +75,29 @@ def at_original(scores, size, canvas, original):
 
 
 @torch.no_grad()
-def predict(model, images, sizes, originals, state):
+def predict(model, images, layout, originals, state):
     """uint8 images [B, 3, H, W] -> list of class maps uint8 [H0, W0] at the original sizes."""
+    sizes = layout.sizes.tolist()
     with state.autocast():
-        class_logits, mask_logits = model(normalize(images.to(state.device)), sizes, "semantic")
+        class_logits, mask_logits = model(normalize(images.to(state.device)),
+                                          layout.to(state.device), "semantic")
     scores = semantic_inference(class_logits[-1], mask_logits[-1])
     canvas = [n * model.glid.config.patch for n in scores.shape[-2:]]
     return [at_original(s, size, canvas, original).argmax(0).byte().cpu()
-            for s, size, original in zip(scores, sizes.tolist(), originals)]
+            for s, size, original in zip(scores, sizes, originals)]
 
 
 def evaluate(model, dataset, args, state, path=None):
     """mIoU over the whole validation set, every image once on one process; picture of the first."""
     model.eval()
     metric, rows = MeanIoU(len(dataset.classes), IGNORE), []
-    for images, sizes, targets in training.loader(
-            dataset, training.share(len(dataset), args, state), collate, args, state):
+    batches = training.share(len(dataset), args, state)
+    for images, layout, targets in training.loader(dataset, batches, collate, model.glid.config,
+                                                   args, state):
         truths = [t["semantic"] for t in targets]
-        found = predict(model, images, sizes, [t.shape for t in truths], state)
-        for image, size, truth, guess in zip(images, sizes.tolist(), truths, found):
+        sizes = layout.sizes.tolist()
+        found = predict(model, images, layout, [t.shape for t in truths], state)
+        for image, size, truth, guess in zip(images, sizes, truths, found):
             metric.update(guess.numpy(), truth.numpy())
             if len(rows) < 8:
                 rows.append(drawn(image[:, :size[0], :size[1]], truth, guess))
@@ -159,7 +163,8 @@ def main(args):
     training.describe(state, model, train, val, total_batch, args.steps, args.lr)
 
     batches = training.Batches(len(train), args, state, step, args.steps)
-    loader = training.Timed(training.loader(train, batches, collate, args, state))
+    loader = training.Timed(training.loader(train, batches, collate, model.glid.config, args,
+                                            state))
     log = training.Log(args, state, step)
     bar = training.Progress(step, args.steps, "semantic", loader, state, total_batch)
     model.train()
@@ -167,14 +172,14 @@ def main(args):
         torch.manual_seed(training.mix(args.seed, step, state.rank))    # drop path, sampled points
         training.set_lr(optimizer, args.lr * training.poly(step, args.steps))
         for micro in range(args.accumulate):
-            images, sizes, targets = next(loader)
-            images = normalize(images.to(state.device))
+            images, layout, targets = next(loader)
+            images, layout = normalize(images.to(state.device)), layout.to(state.device)
             targets = [{k: v.to(state.device) for k, v in t.items()} for t in targets]
             # every process divides by the same count, so that gradients average to the true mean
             objects = state.sum(sum(len(t["labels"]) for t in targets))[0] / state.world
             with state.no_sync(ddp, last=micro + 1 == args.accumulate):
                 with state.autocast():
-                    classes, masks = ddp(images, sizes, "semantic", every_layer=True)
+                    classes, masks = ddp(images, layout, "semantic", every_layer=True)
                 canvas = [n * model.glid.config.patch for n in masks.shape[-2:]]
                 loss = segmentation_loss(classes, masks, targets, canvas, max(1, objects),
                                          args.points)["loss"] / args.accumulate

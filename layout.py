@@ -62,49 +62,86 @@ class Layout:
 
     Tokens of all images are ONE list, visible units only, Z-order inside a unit. Merging is then
     x.view(T // 4, 4 * C), upsampling repeat_interleave(4), 2x2 pooling view(-1, 4, C).amax(1).
-    Only window attention and the 3x3 convolution look at neighbours; they go through the indices
-    made here, once per batch and stage. Built on the CPU, because the indices are small and
-    data-dependent; what the network needs moves to the device.
+    Only window attention and the 3x3 convolution look at neighbours; they go through indices.
+    What is data-dependent is planned here on the CPU, by the data processes, so that a GPU never
+    waits for it; to(device) moves the plan, and the indices are expanded there when first used.
 
-    visible: bool [B, Uh, Uw] on any device, the units that exist for the network.
-    sizes:   int [B, 2], height and width of each image in pixels (padding not counted).
+    sizes:  int64 [B, 2], height and width of each image in px, at the top left of the batch canvas.
+    hidden: bool [B, Uh, Uw], units the network must not see; None = nothing is hidden.
     """
 
-    def __init__(self, visible, sizes, config, device):
-        self.config, self.device, self.batch = config, device, len(visible)
-        self.grid_units = visible.shape[1:]                         # Uh, Uw of the padded batch
-        self.units = visible.cpu().nonzero()                        # [n, 3] image, row, column
-        self.counts = torch.bincount(self.units[:, 0], minlength=self.batch)    # [B] units
+    def __init__(self, config, sizes, hidden=None):
+        self.config, self.batch, self.sizes = config, len(sizes), sizes
+        extent = (sizes + config.unit - 1) // config.unit                       # [B, 2] units
+        self.grid_units = extent.amax(0).tolist()                               # Uh, Uw
+        seen = exists = inside(extent, *self.grid_units)                        # [B, Uh, Uw]
+        if hidden is not None:
+            seen = exists & ~hidden
+        self.units = seen.nonzero()                         # [n, 3] image, row, column
+        self.hidden = (exists & ~seen).nonzero()            # [N of all images, 3]
+        self.counts = seen.flatten(1).sum(1)                # [B] visible units; stays on the CPU
         if int(self.counts.min()) == 0:
             raise ValueError("an image of the batch has no visible unit")
-        self.sizes = sizes.cpu()
-        self.extent = (self.sizes + config.unit - 1) // config.unit             # [B, 2] units
+        self.ragged = int(self.counts.min()) < int(self.counts.max())
+        self.padded = bool((sizes < torch.tensor(self.grid_units) * config.unit).any())
+        self.coords = []                                    # per stage [T, 3] image, row, column
+        for side in (8, 4, 2, 1):
+            place = F.pad(morton(side), (1, 0))             # [side**2, 3], image offset 0
+            scale = torch.tensor([1, side, side])
+            self.coords.append((self.units[:, None] * scale + place).reshape(-1, 3))
+        self.plans = {(stage, shifted): self._plan(stage, shifted, extent * (8 >> stage))
+                      for stage, depth in enumerate(config.depths) for shifted in (False, True)
+                      if shifted is False or depth > 1}
         self._cache = {}
+
+    def _plan(self, stage, shifted, extent):
+        """Window of each token: (place in 0..G*S [T], window [T], G, whether rows are mixed).
+
+        A token's window is floor((coordinate + window - shift) / window): no roll, no padding,
+        windows at the border are just partly filled (METHOD A15: exactly Swin's partition).
+        """
+        w, (b, y, x) = self.config.window, self.coords[stage].unbind(1)
+        # as in Swin, an image that fits into one window is not shifted (per image and axis)
+        shift = torch.where(extent <= w, 0, w // 2 if shifted else 0)[b]        # [T, 2]
+        y, x = y + w - shift[:, 0], x + w - shift[:, 1]
+        slot = (y % w) * w + x % w                                              # [T]
+        wide = int(max(y.max(), x.max())) // w + 1
+        window = (b * wide + y // w) * wide + x // w
+        window = window.unique(return_inverse=True)[1]                          # [T] those in use
+        windows = int(window.max()) + 1
+        occupied = np.zeros((windows, w * w), dtype=bool)
+        occupied[window.numpy(), slot.numpy()] = True
+        row = share_rows(occupied)                                              # [windows]
+        rows = int(row.max()) + 1
+        mixed = rows < windows or rows * w * w > len(slot)
+        return torch.from_numpy(row)[window] * w * w + slot, window, rows, mixed
+
+    def _move(self, f):
+        self.sizes, self.units, self.hidden = f(self.sizes), f(self.units), f(self.hidden)
+        self.coords = [f(c) for c in self.coords]
+        self.plans = {k: (f(place), f(window), *more)
+                      for k, (place, window, *more) in self.plans.items()}
+        return self
+
+    def to(self, device):
+        """Move to the device, in place; call it before the first use there."""
+        return self._move(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self):
+        """For DataLoader, so that to() does not wait."""
+        return self._move(torch.Tensor.pin_memory)
 
     def _cached(self, key, make):
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
 
-    def coords(self, stage):
-        """Image, row, column of every token of a stage (0..3), int64 [T, 3] on the CPU."""
-        def make():
-            side = 8 >> stage
-            place = F.pad(morton(side), (1, 0))                     # [side**2, 3], image offset 0
-            scale = torch.tensor([1, side, side])
-            return (self.units[:, None] * scale + place).reshape(-1, 3)
-        return self._cached(("coords", stage), make)
-
-    def image(self, stage):
-        """Image of every token, int64 [T] on the device."""
-        return self._cached(("image", stage), lambda: self.coords(stage)[:, 0].to(self.device))
-
     def grid(self, stage):
-        """(B, H, W) of the padded token map, and each token's place in it, int64 [T] on device."""
+        """(B, H, W) of the padded token map, and each token's place in it, int64 [T]."""
         def make():
             h, w = (u * (8 >> stage) for u in self.grid_units)
-            b, y, x = self.coords(stage).unbind(1)
-            return (self.batch, h, w), ((b * h + y) * w + x).to(self.device)
+            b, y, x = self.coords[stage].unbind(1)
+            return (self.batch, h, w), (b * h + y) * w + x
         return self._cached(("grid", stage), make)
 
     def to_grid(self, x, stage):
@@ -113,11 +150,7 @@ class Layout:
         return x.new_zeros(b * h * w, x.shape[1]).index_copy_(0, place, x).view(b, h, w, -1)
 
     def windows(self, stage, shifted, heads):
-        """Indices of window attention.
-
-        A token's window is floor((coordinate + window - shift) / window): no roll, no padding,
-        windows at the border are just partly filled (METHOD A15: exactly Swin's partition).
-        Returns
+        """Indices of window attention:
           pick  [3 * G * h * S] rows of qkv viewed as [T * 3 * h, d]; hidden slots repeat a token
           unpick[T * 3 * h]     its inverse
           back  [T * h]         rows of the result viewed as [G * h * S, d]
@@ -127,58 +160,56 @@ class Layout:
                             lambda: self._windows(stage, shifted, heads))
 
     def _windows(self, stage, shifted, heads):
-        w = self.config.window
-        b, y, x = self.coords(stage).unbind(1)
-        # as in Swin, an image that fits into one window is not shifted (per image and axis)
-        fits = self.extent * (8 >> stage) <= w                      # [B, 2]
-        shift = torch.where(fits, 0, w // 2 if shifted else 0)[b]   # [T, 2]
-        y, x = y + w - shift[:, 0], x + w - shift[:, 1]
-        slot = (y % w) * w + x % w                                  # [T]
-        wide = int(max(y.max(), x.max())) // w + 1
-        window = (b * wide + y // w) * wide + x // w
-        window = window.unique(return_inverse=True)[1]              # [T] only windows in use
-        occupied = np.zeros((int(window.max()) + 1, w * w), dtype=bool)
-        occupied[window.numpy(), slot.numpy()] = True
-        row = torch.from_numpy(share_rows(occupied))[window]        # [T]
-        rows, tokens = int(row.max()) + 1, len(row)
-        place = row * w * w + slot                                  # [T] in 0..G*S
-        token = torch.zeros(rows * w * w, dtype=torch.long)         # hidden slots: token 0, unused
-        token[place] = torch.arange(tokens)
-        owner = torch.full((rows * w * w,), -1)
-        owner[place] = window
-        owner = owner.view(rows, 1, w * w)
-        # hidden slots may look at each other (never read), so that no softmax row is empty
-        alien = owner[:, :, :, None] != owner[:, :, None, :]        # [G, 1, S, S]
-        block = torch.zeros(alien.shape).masked_fill_(alien, -math.inf) if alien.any() else None
-        head, part = torch.arange(heads), torch.arange(3)
+        place, window, rows, mixed = self.plans[stage, shifted]
+        slots, device = self.config.window ** 2, place.device
+        token = place.new_zeros(rows * slots)                       # hidden slots: token 0, unused
+        token[place] = torch.arange(len(place), device=device)
+        head, part = torch.arange(heads, device=device), torch.arange(3, device=device)
         pick = (token.view(1, rows, 1, -1) * 3 + part.view(3, 1, 1, 1)) * heads \
             + head.view(1, 1, heads, 1)                             # [3, G, h, S]
-        back = (row[:, None] * heads + head) * w * w + slot[:, None]            # [T, h]
-        unpick = back[:, None] + part[:, None] * rows * heads * w * w           # [T, 3, h]
-        to = self.device
-        return (pick.reshape(-1).to(to), unpick.reshape(-1).to(to), back.reshape(-1).to(to),
-                None if block is None else block.to(to))
+        back = (place // slots)[:, None] * heads + head             # [T, h]
+        back = back * slots + (place % slots)[:, None]
+        unpick = back[:, None] + part[:, None] * rows * heads * slots           # [T, 3, h]
+        block = None
+        if mixed:
+            owner = place.new_full((rows * slots,), -1)
+            owner[place] = window
+            owner = owner.view(rows, 1, slots)
+            # hidden slots may look at each other (never read), so that no softmax row is empty
+            alien = owner[:, :, :, None] != owner[:, :, None, :]    # [G, 1, S, S]
+            block = torch.zeros(alien.shape, device=device).masked_fill_(alien, -math.inf)
+        return pick.view(-1), unpick.view(-1), back.view(-1), block
 
     def position(self, stage, dim):
         """Sine position of every token, float [T, dim], normalised by the image's own extent."""
         def make():
-            coords, stride = self.coords(stage), self.config.patch << stage
+            coords, stride = self.coords[stage], self.config.patch << stage
             return sine_position((coords[:, 1:] + 0.5) * stride / self.sizes[coords[:, 0]], dim)
-        return self._cached(("position", stage), lambda: make().to(self.device))
+        return self._cached(("position", stage), make)
 
     def to_batch(self, x, stage):
         """Packed [T, C] -> keys [B, K, C] and bool [B, 1, 1, K], True = real; None if all are."""
-        per_unit = (8 >> stage) ** 2
-        if int(self.counts.min()) == int(self.counts.max()):
+        if not self.ragged:
             return x.view(self.batch, -1, x.shape[1]), None
         def make():
-            most = int(self.counts.max()) * per_unit
-            real = torch.arange(most) < self.counts[:, None] * per_unit         # [B, K]
+            counts = self.counts * (8 >> stage) ** 2
+            real = torch.arange(int(counts.max())) < counts[:, None]            # [B, K]
             place = real.view(-1).nonzero()[:, 0]
-            return place.to(self.device), real[:, None, None].to(self.device)
+            return place.to(x.device), real[:, None, None].to(x.device)
         place, real = self._cached(("batch", stage), make)
         keys = x.new_zeros(real.numel(), x.shape[1]).index_copy_(0, place, x)
         return keys.view(self.batch, -1, x.shape[1]), real
+
+
+def whole(config, images):
+    """Layout of a batch [B, 3, H, W] whose images all fill the canvas; nothing hidden."""
+    return Layout(config, torch.tensor([images.shape[2:]]).expand(len(images), 2))
+
+
+def inside(sizes, height, width):
+    """bool [B, height, width], True inside the top left sizes [B, 2] = (h, w)."""
+    y = torch.arange(height, device=sizes.device)[:, None] < sizes[:, 0, None, None]
+    return y & (torch.arange(width, device=sizes.device) < sizes[:, 1, None, None])
 
 
 def sine_position(yx, dim, temperature=10000):

@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layout import Layout, Pick, sine_position
+from layout import Pick, inside, sine_position
 
 # -----------------------------------------------------------------------------
 # Config
@@ -110,7 +110,7 @@ class SwinBlock(nn.Module):
         if not self.training or self.drop_path == 0:
             return x
         keep = torch.rand(layout.batch, device=x.device) >= self.drop_path
-        return x * (keep / (1 - self.drop_path)).to(x.dtype)[layout.image(stage), None]
+        return x * (keep / (1 - self.drop_path)).to(x.dtype)[layout.coords[stage][:, 0], None]
 
     def forward(self, x, layout, stage, shifted):                   # [T, C]
         x = x + self._drop(self.attn(self.norm1(x), layout, stage, shifted), layout, stage)
@@ -351,31 +351,18 @@ class GLID(nn.Module):
         nn.init.normal_(self.decoder.cls, std=0.02)
         nn.init.normal_(self.decoder.level, std=0.02)
 
-    def tokens(self, images, sizes=None, hidden=None):
-        """Normalised images -> pixels of the visible units [n, 3, unit, unit] and their layout.
-
-        images: float [B, 3, H, W], any H and W, padded at the bottom and right.
-        sizes:  int [B, 2], true height and width in px; None = the whole canvas.
-        hidden: bool [B, ceil(H / unit), ceil(W / unit)], units the network must not see, or None.
-        """
-        b, _, height, width = images.shape
+    def tokens(self, images, layout):
+        """Normalised images float [B, 3, H, W] -> pixels of the visible units [n, 3, u, u]."""
         unit = self.config.unit
-        if sizes is None:
-            sizes = torch.tensor([[height, width]]).expand(b, 2)
-        else:                                               # padding is zero, whoever padded it
-            images = images * inside(sizes.to(images.device), height, width)[:, None]
-        images = F.pad(images, (0, -width % unit, 0, -height % unit))
-        pixels = split_units(images, unit)                              # [B, Uh, Uw, 3, u, u]
-        visible = inside((sizes.cpu() + unit - 1) // unit, *pixels.shape[1:3])
-        if hidden is not None:
-            visible &= ~hidden.cpu()
-        layout = Layout(visible, sizes, self.config, images.device)
-        return pixels[tuple(layout.units.to(images.device).unbind(1))], layout
+        height, width = (n * unit for n in layout.grid_units)
+        if layout.padded:                                   # padding is zero, whoever padded it
+            images = images * inside(layout.sizes, *images.shape[2:])[:, None]
+        images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
+        return split_units(images, unit)[tuple(layout.units.unbind(1))]
 
-    def encode(self, images, sizes=None, hidden=None):
-        """Images as in tokens() -> BiFPN maps (4 x packed [T, D]) and their layout."""
-        units, layout = self.tokens(images, sizes, hidden)
-        return self.bifpn(self.backbone(units, layout), layout), layout
+    def encode(self, images, layout):
+        """Normalised images and their layout -> BiFPN maps, 4 x packed [T, D]."""
+        return self.bifpn(self.backbone(self.tokens(images, layout), layout), layout)
 
     def decode(self, queries, maps, layout, self_mask=None, every_layer=False):
         return self.decoder(queries, maps, layout, self_mask, every_layer)
@@ -384,12 +371,6 @@ class GLID(nn.Module):
 def split_units(images, unit):
     """[B, 3, H, W], multiples of the unit -> [B, H / unit, W / unit, 3, unit, unit], a view."""
     return images.unflatten(3, (-1, unit)).unflatten(2, (-1, unit)).permute(0, 2, 4, 1, 3, 5)
-
-
-def inside(sizes, height, width):
-    """bool [B, height, width], True inside the top left sizes [B, 2] = (h, w)."""
-    y = torch.arange(height, device=sizes.device)[:, None] < sizes[:, 0, None, None]
-    return y & (torch.arange(width, device=sizes.device) < sizes[:, 1, None, None])
 
 
 def _init(module):
@@ -427,28 +408,27 @@ class Pretrainer(nn.Module):
         _init(self.head)
 
     def target(self, images, where):
-        """Pixels of the hidden units `where` = (image, row, column), float [B, N, 3 * unit**2].
+        """Pixels of the units `where` [B * N, 3] = image, row, column: float [B, N, 3 * unit**2].
 
         norm_pix: each unit minus its mean, over its standard deviation, as MAE (METHOD A28).
         """
-        x = split_units(images, self.glid.config.unit)[where].flatten(1)    # [B * N, 3 u u]
+        x = split_units(images, self.glid.config.unit)[tuple(where.unbind(1))].flatten(1)
         if self.norm_pix:
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
         return x.view(len(images), -1, x.shape[1])
 
-    def forward(self, images, hidden):
-        """images float [B, 3, H, W] (multiples of the unit), hidden bool [B, Uh, Uw], the same
-        number N of hidden units in every image -> (prediction, target), float [B, N, 3 unit**2]."""
-        b, cls = len(images), self.glid.decoder.cls
-        maps, layout = self.glid.encode(images, hidden=hidden)
-        where = hidden.nonzero().to(images.device)                          # [B * N, 3]
+    def forward(self, images, layout):
+        """images float [B, 3, H, W], multiples of the unit; layout with the same number N of hidden
+        units in every image -> (prediction, target), float [B, N, 3 unit**2]."""
+        b, cls, unit = len(images), self.glid.decoder.cls, self.glid.config.unit
+        maps = self.glid.encode(images, layout)
         # a unit's centre in 0..1: the coordinates of the keys
-        extent = torch.tensor(hidden.shape[1:], device=images.device)
-        position = sine_position((where[:, 1:] + 0.5) / extent, len(cls))
+        centre = (layout.hidden[:, 1:] + 0.5) * unit / layout.sizes[layout.hidden[:, 0]]
+        position = sine_position(centre, len(cls))                          # [B * N, D]
         queries = self.mask_token + position                                # added once, at input
         queries = torch.cat([cls.expand(b, 1, -1), queries.view(b, -1, len(cls))], 1)
         x = self.glid.decode(queries, maps, layout)[-1]                     # [B, 1 + N, D]
-        return self.head(x[:, 1:]), self.target(images, tuple(where.unbind(1)))
+        return self.head(x[:, 1:]), self.target(images, layout.hidden)
 
 
 class MaskHead(nn.Module):
@@ -478,10 +458,10 @@ class Segmenter(nn.Module):
         self.heads = nn.ModuleDict({t: MaskHead(config.dim, queries[t], classes[t])
                                     for t in queries})
 
-    def forward(self, images, sizes, task, every_layer=False):
+    def forward(self, images, layout, task, every_layer=False):
         """-> classes [L, B, M, K + 1], mask logits [L, B, M, H, W] at 1/4 of the padded canvas."""
         head = self.heads[task]
-        maps, layout = self.glid.encode(images, sizes)
+        maps = self.glid.encode(images, layout)
         queries = (self.glid.decoder.cls + head.offsets).expand(len(images), -1, -1)    # Eq. 3
         x = self.glid.decode(queries, maps, layout, every_layer=every_layer)
         return head(x, layout.to_grid(maps[0], 0))                          # f^b = the 1/4 map

@@ -22,7 +22,7 @@ from PIL import Image
 
 import checkpoints
 import training
-from data import open_pretraining
+from data import collate_pretraining, open_pretraining
 from losses import reconstruction_loss
 from model import PIXEL_MEAN, PIXEL_STD, Pretrainer, normalize, split_units
 
@@ -55,10 +55,11 @@ def evaluate(model, dataset, args, state):
     """Mean squared error per target value over the whole validation set, all processes."""
     model.eval()
     total, count = 0.0, 0
-    for images, hidden in training.loader(dataset, training.share(len(dataset), args, state),
-                                          None, args, state):
+    batches = training.share(len(dataset), args, state)
+    for images, layout in training.loader(dataset, batches, collate_pretraining, model.glid.config,
+                                          args, state):
         with state.autocast():
-            prediction, target = model(normalize(images.to(state.device)), hidden)
+            prediction, target = model(normalize(images.to(state.device)), layout.to(state.device))
         total += reconstruction_loss(prediction, target).item() * len(images) / target.shape[-1]
         count += len(images)
     model.train()
@@ -74,12 +75,12 @@ def picture(model, dataset, path, state, count=8):
     unit, needed to show it, are then borrowed from the input.
     """
     model.eval()
-    images, hidden = (torch.stack(x) for x in zip(*(dataset[(0, i)] for i in
-                                                    range(min(count, len(dataset))))))
-    pixels = normalize(images.to(state.device))
-    prediction = model(pixels, hidden)[0].float()
+    config, ids = model.glid.config, range(min(count, len(dataset)))
+    images, layout = collate_pretraining(config, [dataset[(0, i)] for i in ids])
+    pixels, layout = normalize(images.to(state.device)), layout.to(state.device)
+    prediction = model(pixels, layout)[0].float()
     model.train()
-    where, unit = tuple(hidden.nonzero().to(state.device).unbind(1)), model.glid.config.unit
+    where, unit = tuple(layout.hidden.unbind(1)), config.unit
     if model.norm_pix:
         truth = split_units(pixels, unit)[where].flatten(1)
         prediction = prediction * (truth.var(-1) + 1e-6).sqrt().view(*prediction.shape[:2], 1) \
@@ -132,7 +133,8 @@ def main(args):
         checkpoints.keep(args, model, optimizer, state, step, best, is_best=loss == best)
 
     batches = training.Batches(len(train), args, state, step, steps)
-    loader = training.Timed(training.loader(train, batches, None, args, state))
+    loader = training.Timed(training.loader(train, batches, collate_pretraining, config, args,
+                                            state))
     log = training.Log(args, state, step)
     bar = training.Progress(step, steps, "pre-training", loader, state, total_batch)
     while step < steps:
@@ -140,10 +142,11 @@ def main(args):
         torch.manual_seed(training.mix(args.seed, step, state.rank))
         training.set_lr(optimizer, lr * training.cosine(step, steps, warmup))
         for micro in range(args.accumulate):
-            images, hidden = next(loader)
+            images, layout = next(loader)
+            images, layout = normalize(images.to(state.device)), layout.to(state.device)
             with state.no_sync(ddp, last=micro + 1 == args.accumulate):
                 with state.autocast():
-                    prediction, target = ddp(normalize(images.to(state.device)), hidden)
+                    prediction, target = ddp(images, layout)
                 loss = reconstruction_loss(prediction, target) / args.accumulate
                 loss.backward()
             bar.add(loss.detach() / target.shape[-1])

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -212,11 +213,15 @@ class Batches:
                 yield [(epoch, j) for j in order[first:first + self.size].tolist()]
 
 
-def loader(dataset, batches, collate, args, state):
-    """DataLoader over Batches; the worker count changes speed, never the samples."""
+def loader(dataset, batches, collate, config, args, state):
+    """DataLoader over lists of (epoch, index); collate(config, samples) makes a batch of each.
+
+    The data processes also plan the Layout; their number changes speed, never the samples.
+    """
     return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
-        pin_memory=state.device.type == "cuda", prefetch_factor=4 if args.workers else None)
+        dataset, batch_sampler=batches, collate_fn=partial(collate, config),
+        num_workers=args.workers, prefetch_factor=4 if args.workers else None,
+        pin_memory=state.device.type == "cuda")
 
 
 def share(length, args, state):
