@@ -3,6 +3,7 @@ Checkpoints: written so that no kill can lose the last good one, read so that no
 silence. Plain tensors and plain types only; the config is inside, so a file says what it is.
 """
 import os
+import pickle
 from pathlib import Path
 
 import torch
@@ -10,6 +11,9 @@ import torch
 from data import InputError
 from model import resize_bias_table, swin_from_torchvision
 
+# what torch.load raises for files that are broken, foreign, or full of code
+BROKEN = (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError,
+          TypeError, pickle.UnpicklingError)
 PARTS = ("backbone", "bifpn", "decoder")        # what a task can inherit (Table 4)
 
 
@@ -34,9 +38,9 @@ def read(path, flag):
         raise InputError(f"{flag} {path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:              # torch raises a zoo of types for broken files
-        first = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error)
-        raise InputError(f"{flag} {path}: not a readable checkpoint ({first})") from None
+    except BROKEN as error:
+        raise InputError(f"{flag} {path}: not a readable checkpoint "
+                         f"({type(error).__name__})") from None
     if not isinstance(state, dict) or "model" not in state or "config" not in state:
         raise InputError(f"{flag} {path}: not a checkpoint of nanoGLID (no model and config in it)")
     return state
@@ -70,8 +74,12 @@ def load_torchvision(glid, spec, state):
     kind, _, path = spec.partition(":")
     if kind != "torchvision" or not Path(path).is_file():
         raise InputError(f"--init-backbone {spec}: give torchvision:FILE with an existing file")
-    found = swin_from_torchvision(torch.load(path, map_location="cpu", weights_only=True),
-                                  glid.config)
+    try:
+        found = swin_from_torchvision(torch.load(path, map_location="cpu", weights_only=True),
+                                      glid.config)
+    except BROKEN as error:
+        raise InputError(f"--init-backbone {spec}: not a state dict of torchvision's Swin "
+                         f"({type(error).__name__})") from None
     own = glid.backbone.state_dict()
     missing = own.keys() - found.keys()
     wrong = [k for k in found if k not in own or own[k].shape != found[k].shape]
@@ -83,24 +91,32 @@ def load_torchvision(glid, spec, state):
     state.say(f"backbone: loaded {len(found)} of {len(own)} tensors from torchvision")
 
 
-def resume(args, model, optimizer, state):
-    """Restore OUT/last.pt with --resume, OUT/best.pt with --eval, else see that OUT is new.
+# may differ when a run is resumed: they change neither the task nor the result of a step
+FREE = {"resume", "eval", "workers", "out", "compile", "save_every", "eval_every", "batch_size",
+        "accumulate", "steps", "epochs"}
 
-    Returns (step, best metric so far or None).
+
+def resume(args, model, optimizer, state):
+    """Restore OUT/last.pt with --resume, OUT/best.pt with --eval.
+
+    Returns (step, best metric so far); (0, None) for a new run.
     """
-    path = Path(args.out, "best.pt" if args.eval else "last.pt")
     if not (args.resume or args.eval):
-        if path.exists():
-            raise InputError(f"--out {args.out}: holds a run already; --resume continues it, "
-                             "another --out starts a new one")
         return 0, None
+    path = Path(args.out, "best.pt" if args.eval else "last.pt")
     checkpoint = read(path, "--out")
+    then, now = checkpoint["args"], vars(args)
+    changed = [k for k in now if k not in FREE and then.get(k) != now[k]]
+    if args.resume and changed:
+        flag = changed[0]
+        raise InputError(f"--resume {path}: was made with --{flag.replace('_', '-')} {then[flag]}, "
+                         f"not {now[flag]}; give the same, or another --out")
     try:
         model.load_state_dict(checkpoint["model"])
         if not args.eval:
             optimizer.load_state_dict(checkpoint["optimizer"])
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"--out {path}: was made with other flags, preset "
+        raise InputError(f"--out {path}: does not fit these flags, made with --preset "
                          f"{checkpoint['preset']} ({str(error).splitlines()[0]})") from None
     state.say(f"{path}: step {checkpoint['step']}")
     return checkpoint["step"], checkpoint["best"]
@@ -110,6 +126,9 @@ def keep(args, model, optimizer, state, step, best, is_best=False, **more):
     """Rank 0 writes OUT/last.pt, from which a run resumes, and OUT/best.pt, which holds no
     optimiser. Both know what they are: config, preset, flags."""
     if state.rank == 0:
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise FloatingPointError(f"a weight is not finite after step {step}: lower --lr; the "
+                                     "last checkpoint is untouched, --resume continues from it")
         content = {"model": model.state_dict(), "step": step, "best": best, "preset": args.preset,
                    "config": model.glid.config.to_dict(), "args": vars(args), **more}
         if is_best:

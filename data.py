@@ -39,10 +39,13 @@ def mix(*numbers):
 
 @contextlib.contextmanager
 def seeded(*numbers):
-    """torch's global generator, which torchvision's transforms use, seeded inside the block."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(mix(*numbers))
+    """torch's CPU generator, which torchvision's transforms use, seeded inside the block only."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(mix(*numbers))      # not torch.manual_seed: GPUs stay
+    try:
         yield
+    finally:
+        torch.set_rng_state(before)
 
 
 # -----------------------------------------------------------------------------
@@ -62,7 +65,8 @@ def read_image(path):
                 wide = np.asarray(image).astype(np.int64)
                 if wide.min() < 0 or wide.max() > 65535:
                     raise InputError(f"{path}: 32-bit image; save it with 8 or 16 bits per channel")
-                image = Image.fromarray((wide // 257).astype(np.uint8))
+                deep = image.mode != "I" or wide.max() > 255
+                image = Image.fromarray((wide // (257 if deep else 1)).astype(np.uint8))
             elif image.mode == "F":
                 raise InputError(f"{path}: floating-point image; save it with 8 or 16 bits")
             elif image.mode == "P" and "transparency" in image.info:
@@ -84,9 +88,14 @@ def list_images(folder):
 
     def refuse(error):
         raise InputError(f"--data {error.filename}: cannot be read ({error.strerror})")
-    tree = os.walk(folder, onerror=refuse, followlinks=True)
-    found = [Path(root, name) for root, _, names in tree for name in names
-             if Path(name).suffix.lower() in SUFFIXES and name[0] != "."]
+    found, visited = [], set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(root) in visited:               # a link back up: do not go round
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(root))
+        found += [Path(root, name) for name in names
+                  if Path(name).suffix.lower() in SUFFIXES and name[0] != "."]
     if not found:
         raise InputError(f"--data {folder}: no photos in it ({' '.join(sorted(SUFFIXES))})")
     return sorted(found)
@@ -142,7 +151,7 @@ def toy_count(path, default):
     name, _, count = str(path).partition(":")
     if name != "toyworld":
         return None
-    if count and (not count.isdigit() or int(count) < 1):
+    if count and not (count.isdecimal() and count.isascii() and int(count) > 0):
         raise InputError(f"--data {path}: COUNT must be a positive number, as in toyworld:1000")
     return int(count) if count else default
 

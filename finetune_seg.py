@@ -11,7 +11,6 @@ Losses, augmentation, schedule and inference are Mask2Former's, without its mask
 the paper does not mention. OUT holds last.pt, best.pt, log.jsonl and samples/*.png: photo, truth,
 prediction.
 """
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -26,31 +25,31 @@ from losses import segmentation_loss
 from metrics import MeanIoU
 from model import Segmenter, normalize
 
-QUERIES = {"semantic": 100}                         # [paper]
 PRESETS = {
     # two CPU cores, about a minute. The e_i must reach the size of the position embeddings (0.7 a
     # channel) that told the pre-trained decoder its queries apart; at --lr they never would
     "tiny": dict(data="toyworld", steps=320, size=64, batch_size=16, points=512, queries=32,
-                 lr=1e-3, backbone_lr=1.0, query_lr=500.0, workers=1, eval_every=80),
-    "small": dict(backbone_lr=1.0),
+                 lr=1e-3, backbone_lr=1.0, query_lr=500.0, drop_path=0.0, workers=1,
+                 eval_every=80),
+    "small": dict(backbone_lr=1.0, drop_path=0.1),
 }
 
 
 def flags():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training.Parser(__doc__)
     training.add_flags(parser)
     training.add_finetune_flags(parser)
     add = parser.add_argument
     add("--tasks", default="semantic", choices=["semantic"], help="what to segment")
-    add("--size", type=int, default=640, help="side of the training crop, shortest side at test")
-    add("--queries", type=int, help="M; the paper's 100 by default")
-    add("--points", type=int, default=12544, help="sampled points per mask")
-    add("--weight-decay", type=float, default=0.05)
-    add("--clip", type=float, default=0.01, help="gradient norm; Mask2Former's")
-    add("--eval-every", type=int, default=5000, help="steps between evaluations")
+    positive = training.POSITIVE
+    add("--size", type=positive, default=640, help="side of the training crop, shortest at test")
+    add("--queries", type=positive, default=100, help="M [paper]")
+    add("--points", type=positive, default=12544, help="sampled points per mask")
+    add("--weight-decay", type=training.number(float, 0), default=0.05)
+    add("--clip", type=training.RATE, default=0.01, help="gradient norm; Mask2Former's")
+    add("--eval-every", type=positive, default=5000, help="steps between evaluations")
     parser.set_defaults(batch_size=2, out="out/semantic", steps=160_000, lr=1e-4, backbone_lr=0.1,
-                        drop_path=None)
+                        drop_path=0.3)
     return parser
 
 
@@ -63,13 +62,16 @@ def semantic_inference(class_logits, mask_logits):
     return torch.einsum("bqk,bqhw->bkhw", p, mask_logits.float().sigmoid())
 
 
-def at_original(scores, size, canvas, original):
-    """Scores [K, h, w] of a padded canvas (H, W) px -> [K, H0, W0] at the photo's original size.
+def at_original(scores, size, patch, original):
+    """Scores [K, h, w] of a padded canvas -> [K, H0, W0] at the photo's original size.
 
     size: (H, W) px of the image within the canvas. Bilinear, as Mask2Former: first to the network's
-    input, where the padding is cut off, then to the original.
+    input, where the padding is cut off, then to the original. Units that are all padding are cut
+    off before, so that the answer does not depend on the other images of the batch.
     """
-    scores = F.interpolate(scores[None], canvas, mode="bilinear", align_corners=False)
+    h, w = (-(-n // (8 * patch)) * 8 for n in size)                         # tokens of its units
+    scores = F.interpolate(scores[None, :, :h, :w], (h * patch, w * patch), mode="bilinear",
+                           align_corners=False)
     scores = scores[:, :, :size[0], :size[1]]
     return F.interpolate(scores, original, mode="bilinear", align_corners=False)[0]
 
@@ -77,13 +79,12 @@ def at_original(scores, size, canvas, original):
 @torch.no_grad()
 def predict(model, images, layout, originals, state):
     """uint8 images [B, 3, H, W] -> list of class maps uint8 [H0, W0] at the original sizes."""
-    sizes = layout.sizes.tolist()
+    sizes, patch = layout.sizes.tolist(), model.glid.config.patch
     with state.autocast():
         class_logits, mask_logits = model(normalize(images.to(state.device)),
                                           layout.to(state.device), "semantic")
     scores = semantic_inference(class_logits[-1], mask_logits[-1])
-    canvas = [n * model.glid.config.patch for n in scores.shape[-2:]]
-    return [at_original(s, size, canvas, original).argmax(0).byte().cpu()
+    return [at_original(s, size, patch, original).argmax(0).byte().cpu()
             for s, size, original in zip(scores, sizes, originals)]
 
 
@@ -134,17 +135,29 @@ def save_picture(rows, path):
 def build(args, classes, state):
     """The model with its inherited parts; the head and the e_i are always new."""
     torch.manual_seed(args.seed)
-    model = Segmenter(training.model_config(args), {"semantic": args.queries or 100},
+    model = Segmenter(training.model_config(args), {"semantic": args.queries},
                       {"semantic": len(classes)})
     if args.init_backbone:
         checkpoints.load_torchvision(model.glid, args.init_backbone, state)
     if args.init:
-        checkpoints.load_parts(model.glid, args.init, args.load.split(","), state)
+        parts = args.load.split(",") if args.load else checkpoints.PARTS
+        checkpoints.load_parts(model.glid, args.init, parts, state)
     return model.to(state.device)
 
 
+def conclude(model, val, args, state, step, best, optimizer, log):
+    """Evaluate, draw, save. Returns the best mIoU so far."""
+    path = Path(args.out, "samples", f"{step:06d}.png")
+    miou = evaluate(model, val, args, state, path)["mIoU"]
+    log.write(step=step, mIoU=miou)
+    best = max(best or 0, miou)
+    checkpoints.keep(args, model, optimizer, state, step, best, is_best=miou == best,
+                     classes=list(val.classes))
+    return best
+
+
 def main(args):
-    """Train; returns {"mIoU": last, "best": best, "step": steps done}."""
+    """Train; returns {"mIoU": best mIoU, "step": steps done}."""
     state = training.start(args)
     train, val = open_segmentation(args.data, args.size, args.data_fraction, args.seed)
     model = build(args, train.classes, state)
@@ -152,16 +165,16 @@ def main(args):
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
     step, best = checkpoints.resume(args, model, optimizer, state)
-    if args.eval:
-        result = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))
-        state.say(f"mIoU {100 * result['mIoU']:.2f} of {len(val)} images, step {step}")
-        return {"mIoU": result["mIoU"], "best": best, "step": step}
-    training.compile_model(model, args)
-    ddp = state.wrap(model)
+    if args.eval or step >= args.steps:
+        miou = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))["mIoU"]
+        state.say(f"mIoU {100 * miou:.2f} of {len(val)} images, step {step}")
+        return {"mIoU": miou, "step": step}
     training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
     total_batch = args.batch_size * state.world * args.accumulate
     training.describe(state, model, train, val, total_batch, args.steps, args.lr)
 
+    training.compile_model(model, args)
+    ddp = state.wrap(model)
     batches = training.Batches(len(train), args, state, step, args.steps)
     loader = training.Timed(training.loader(train, batches, collate, model.glid.config, args,
                                             state))
@@ -172,9 +185,7 @@ def main(args):
         torch.manual_seed(training.mix(args.seed, step, state.rank))    # drop path, sampled points
         training.set_lr(optimizer, args.lr * training.poly(step, args.steps))
         for micro in range(args.accumulate):
-            images, layout, targets = next(loader)
-            images, layout = normalize(images.to(state.device)), layout.to(state.device)
-            targets = [{k: v.to(state.device) for k, v in t.items()} for t in targets]
+            images, layout, targets = state.fetch(loader)
             # every process divides by the same count, so that gradients average to the true mean
             objects = state.sum(sum(len(t["labels"]) for t in targets))[0] / state.world
             with state.no_sync(ddp, last=micro + 1 == args.accumulate):
@@ -190,20 +201,18 @@ def main(args):
         optimizer.zero_grad()
         step += 1
 
-        evaluates = step % args.eval_every == 0 or step == args.steps
-        if evaluates or step % 20 == 0 or step % args.save_every == 0:
-            log.write(step=step, loss=bar.report(step), lr=optimizer.param_groups[0]["lr"])
-        if evaluates:
-            result = evaluate(model, val, args, state, Path(args.out, "samples", f"{step:06d}.png"))
-            log.write(step=step, mIoU=result["mIoU"])
-            best = max(best or 0, result["mIoU"])
-        if evaluates or step % args.save_every == 0:
-            checkpoints.keep(args, model, optimizer, state, step, best,
-                          is_best=evaluates and result["mIoU"] == best, classes=list(val.classes))
+        ends = step % args.eval_every == 0 or step == args.steps
+        saves = step % args.save_every == 0
+        if ends or saves or step % 20 == 0:
+            rate = args.lr * training.poly(step - 1, args.steps)
+            log.write(step=step, loss=bar.report(step), lr=rate)
+        if ends:
+            best = conclude(model, val, args, state, step, best, optimizer, log)
+        elif saves:
+            checkpoints.keep(args, model, optimizer, state, step, best, classes=list(val.classes))
     bar.close()
-    state.say(f"mIoU {100 * result['mIoU']:.1f} after {step} steps (best {100 * best:.1f}); "
-              f"{args.out}/samples/{step:06d}.png")
-    return {"mIoU": result["mIoU"], "best": best, "step": step}
+    state.say(f"best mIoU {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
+    return {"mIoU": best, "step": step}
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ def hungarian(cost, counts):
             a non-finite term can be blamed.
     counts: list of B ints, the real number of objects of each image (the rest of N is padding).
     Returns int64 [M] each: layer, image, query, object. The optimum is scipy's (Jonker-Volgenant);
-    with equal costs the lower query index wins the lower object, which is how the identical queries
-    of a fresh head (e_i = 0, Eq. 3) come apart.
+    equal costs are decided somehow, but always the same way, which is how the identical queries of
+    a fresh head (e_i = 0, Eq. 3) come apart.
     """
     for name, term in cost.items():
         real = torch.arange(term.shape[-1], device=term.device) < torch.tensor(
@@ -126,13 +126,15 @@ def segmentation_loss(class_logits, mask_logits, targets, canvas, num_objects, p
     """
     class_logits, mask_logits = class_logits.float(), mask_logits.float()
     device, counts = class_logits.device, [len(t["labels"]) for t in targets]
-    sizes = torch.tensor([t["masks"].shape[-2:] for t in targets], device=device)      # [B, 2]
-    scale = (sizes / torch.tensor(canvas, device=device)).flip(1)           # [B, 2] x, y
+    scale = sampled_share([t["masks"].shape[-2:] for t in targets], canvas,
+                          mask_logits.shape[-2:]).to(device)                # [B, 2] x, y
     labels = pad_targets([t["labels"] for t in targets])                    # [B, N]
     masks = pad_masks([t["masks"] for t in targets], canvas)                # [B, N, H, W]
 
-    cost = segmentation_cost(class_logits, mask_logits, labels, masks, scale, points)
-    layer, image, query, obj = hungarian(cost, counts)
+    layer = image = query = obj = torch.empty(0, dtype=torch.long, device=device)      # [M]
+    if any(counts):
+        cost = segmentation_cost(class_logits, mask_logits, labels, masks, scale, points)
+        layer, image, query, obj = hungarian(cost, counts)
 
     # classes: every query, the unmatched ones answer "no object" with a tenth of the weight
     last = class_logits.shape[-1] - 1
@@ -144,16 +146,33 @@ def segmentation_loss(class_logits, mask_logits, targets, canvas, num_objects, p
     class_loss = sum(F.cross_entropy(c.flatten(0, 1), a.flatten(), weight)
                      for c, a in zip(class_logits, answer))
 
+    if not any(counts):                     # keep the masks in the graph, with gradient zero
+        nothing = mask_logits.sum() * 0
+        return {"loss": 2 * class_loss + nothing, "class": class_loss, "mask": nothing,
+                "dice": nothing}
+
     # masks: the matched pairs of all layers and images together
     matched = mask_logits[layer, image, query]                              # [M, h, w]
     at = uncertain_points(matched, scale[image], points)                    # [M, P, 2]
     truth = sample_points(masks[image, obj].float(), at)
     cross_entropy, dice = (x.sum() / num_objects
                            for x in mask_losses(sample_points(matched, at), truth))
-    if not len(layer):          # no object anywhere: keep the masks in the graph, with gradient 0
-        cross_entropy = dice = mask_logits.sum() * 0
     total = 2 * class_loss + 5 * cross_entropy + 5 * dice
     return {"loss": total, "class": class_loss, "mask": cross_entropy, "dice": dice}
+
+
+def sampled_share(sizes, canvas, grid):
+    """Share (x, y) of the canvas that an image's points are drawn from: float [B, 2].
+
+    sizes: B pairs (h, w) px; canvas: (H, W) px; grid: (h, w) tokens of the canvas. All of the
+    image, but for half a token at a border that other images of the batch extend beyond: there a
+    bilinear sample would mix in tokens that do not exist when the image is alone.
+    """
+    sizes, canvas = torch.tensor(sizes).float(), torch.tensor(canvas)
+    token = canvas / torch.tensor(grid)                                     # px
+    own = (sizes / (8 * token)).ceil() * 8 * token                          # to the end of the unit
+    inner = torch.where(own < canvas, torch.minimum(sizes, own - token / 2), sizes)
+    return (inner / canvas).flip(1)
 
 
 @torch.no_grad()

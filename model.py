@@ -14,7 +14,8 @@ Letters in the shape comments
     G  rows of window attention   S  slots in a row = window ** 2
     h  heads, d channels a head   Q  queries, K keys of an image, L decoder layers
 """
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cache
 
 import torch
 import torch.nn as nn
@@ -31,8 +32,8 @@ class Config:
     """Sizes of a GLID. The defaults are the paper's Swin-B model."""
     patch: int = 4                  # px a side; a unit is 8 patches = total stride of stage 4
     width: int = 128                # channels of stage 1, doubled at every stage
-    depths: tuple = (2, 2, 18, 2)
-    heads: tuple = (4, 8, 16, 32)
+    depths: list = field(default_factory=lambda: [2, 2, 18, 2])
+    heads: list = field(default_factory=lambda: [4, 8, 16, 32])
     window: int = 6                 # tokens a side
     drop_path: float = 0.0          # rate of the last encoder block, linear from 0
     dim: int = 512                  # D [paper]
@@ -45,22 +46,18 @@ class Config:
         return 8 * self.patch
 
     def to_dict(self):
-        """Plain types only, for a checkpoint."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, d):
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
+        """Plain types only, for a checkpoint; Config(**d) reads it."""
+        return asdict(self)
 
 
 PRESETS = {
     # two CPU cores: learns ToyWorld in minutes
-    "tiny": dict(patch=2, width=24, depths=(1, 1, 2, 1), heads=(1, 2, 4, 8), window=4, dim=64,
+    "tiny": dict(patch=2, width=24, depths=[1, 1, 2, 1], heads=[1, 2, 4, 8], window=4, dim=64,
                  decoder_layers=3, decoder_heads=4, image_size=64),
     # one GPU: Swin-T
-    "small": dict(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), dim=256, decoder_heads=8),
+    "small": dict(width=96, depths=[2, 2, 6, 2], heads=[3, 6, 12, 24], dim=256, decoder_heads=8),
     "base": dict(),
-    "large": dict(width=192, heads=(6, 12, 24, 48), window=12),
+    "large": dict(width=192, heads=[6, 12, 24, 48], window=12),
 }
 
 # -----------------------------------------------------------------------------
@@ -386,9 +383,14 @@ PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # Im
 
 def normalize(images):
     """uint8 [B, 3, H, W] -> float, ImageNet mean and standard deviation."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) * 255
-                 for v in (PIXEL_MEAN, PIXEL_STD))
-    return (images.float() - mean) / std
+    mean, std = pixel_statistics(images.device)
+    return (images.float() - 255 * mean) / (255 * std)
+
+
+@cache
+def pixel_statistics(device):
+    """ImageNet mean and standard deviation of 0..1 pixels, [3, 1, 1] each; copied there once."""
+    return [torch.tensor(v, device=device).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD)]
 
 
 # -----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import checkpoints
 import training
 from data import collate_pretraining, open_pretraining
 from losses import reconstruction_loss
-from model import PIXEL_MEAN, PIXEL_STD, Pretrainer, normalize, split_units
+from model import Pretrainer, normalize, pixel_statistics, split_units
 
 PRESETS = {
     # two CPU cores, about six minutes; raw pixels are the paper's text, normalised ones learn more
@@ -35,17 +35,17 @@ PRESETS = {
 
 
 def flags():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training.Parser(__doc__)
     training.add_flags(parser)
     add = parser.add_argument
-    add("--epochs", type=int, default=600, help="length of the schedule")
-    add("--warmup-epochs", type=float, default=40, help="linear warm-up, MAE's 40 of 600")
+    add("--epochs", type=training.POSITIVE, default=600, help="length of the schedule")
+    add("--warmup-epochs", type=training.number(float, 0), default=40, help="linear; MAE's 40")
     add("--mask", choices=["random", "block", "grid"], default="random", help="strategy (Table 7)")
-    add("--mask-ratio", type=float, default=0.75, help="share of the units that is hidden")
+    add("--mask-ratio", type=training.number(float, 0, 1), default=0.75,
+        help="share of the units that is hidden")
     add("--norm-pix", action=argparse.BooleanOptionalAction, default=False,
         help="targets normalised per unit, as MAE; off in the paper's text")
-    add("--weight-decay", type=float, default=0.05)
+    add("--weight-decay", type=training.number(float, 0), default=0.05)
     parser.set_defaults(batch_size=64, out="out/pretrain")
     return parser
 
@@ -88,13 +88,23 @@ def picture(model, dataset, path, state, count=8):
     seen, filled = pixels.clone(), pixels.clone()
     split_units(seen, unit)[where] = 0                                      # views: write through
     split_units(filled, unit)[where] = prediction.reshape(-1, 3, unit, unit)
-    mean, std = (torch.tensor(v, device=state.device).view(3, 1, 1)
-                 for v in (PIXEL_MEAN, PIXEL_STD))
+    mean, std = pixel_statistics(state.device)
     rows = torch.cat([x * std + mean for x in (pixels, seen, filled)], 3)   # [B, 3, S, 3 S]
     rows = rows.clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).flatten(0, 1)
     picture = Image.fromarray(rows.cpu().numpy())
     zoom = max(1, 384 // picture.width)
     picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST).save(path)
+
+
+def conclude(model, val, args, state, step, best, optimizer, log):
+    """End of an epoch: validate, draw, save. Returns the best validation error so far."""
+    loss = evaluate(model, val, args, state)
+    log.write(step=step, val_loss=loss)
+    best = loss if best is None else min(best, loss)
+    if state.rank == 0:
+        picture(model, val, Path(args.out, "samples", f"{step:06d}.png"), state)
+    checkpoints.keep(args, model, optimizer, state, step, best, is_best=loss == best)
+    return best
 
 
 def main(args):
@@ -108,58 +118,48 @@ def main(args):
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay),
                                   betas=(0.9, 0.95), fused=True)
     step, best = checkpoints.resume(args, model, optimizer, state)
-    if args.eval:
-        loss = evaluate(model, val, args, state)
-        state.say(f"validation error {loss:.4f} of {len(val)} images, step {step}")
-        return {"loss": loss, "step": step}
-    training.compile_model(model, args)
-    ddp = state.wrap(model)
 
     per_epoch = training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
     steps = args.steps or args.epochs * per_epoch
+    if args.eval or step >= steps:
+        loss = evaluate(model, val, args, state)
+        state.say(f"validation error {loss:.4f} of {len(val)} images, step {step}")
+        return {"loss": loss, "step": step}
     warmup = max(1, round(steps * args.warmup_epochs / args.epochs))
     total_batch = args.batch_size * state.world * args.accumulate
     lr = args.lr or 1.2e-3 * total_batch / 2048                             # METHOD B1
     training.describe(state, model, train, val, total_batch, steps, lr)
 
-    def conclude():
-        """End of an epoch: validate, draw, and keep the best."""
-        nonlocal best
-        loss = evaluate(model, val, args, state)
-        log.write(step=step, val_loss=loss)
-        best = loss if best is None else min(best, loss)
-        if state.rank == 0:
-            picture(model, val, Path(args.out, "samples", f"{step:06d}.png"), state)
-        checkpoints.keep(args, model, optimizer, state, step, best, is_best=loss == best)
-
+    training.compile_model(model, args)
+    ddp = state.wrap(model)
     batches = training.Batches(len(train), args, state, step, steps)
     loader = training.Timed(training.loader(train, batches, collate_pretraining, config, args,
                                             state))
     log = training.Log(args, state, step)
     bar = training.Progress(step, steps, "pre-training", loader, state, total_batch)
+    model.train()
     while step < steps:
         # the network's own noise is a function of (seed, step, rank): resuming repeats it
         torch.manual_seed(training.mix(args.seed, step, state.rank))
         training.set_lr(optimizer, lr * training.cosine(step, steps, warmup))
         for micro in range(args.accumulate):
-            images, layout = next(loader)
-            images, layout = normalize(images.to(state.device)), layout.to(state.device)
+            images, layout = state.fetch(loader)
             with state.no_sync(ddp, last=micro + 1 == args.accumulate):
                 with state.autocast():
                     prediction, target = ddp(images, layout)
                 loss = reconstruction_loss(prediction, target) / args.accumulate
                 loss.backward()
-            bar.add(loss.detach() / target.shape[-1])
+            bar.add(loss / target.shape[-1])
         optimizer.step()
         optimizer.zero_grad()
         step += 1
 
-        ends = step % per_epoch == 0 or step == steps
-        if ends or step % 20 == 0 or step % args.save_every == 0:
+        ends, saves = step % per_epoch == 0 or step == steps, step % args.save_every == 0
+        if ends or saves or step % 20 == 0:
             log.write(step=step, loss=bar.report(step), lr=optimizer.param_groups[0]["lr"])
         if ends:
-            conclude()
-        elif step % args.save_every == 0:
+            best = conclude(model, val, args, state, step, best, optimizer, log)
+        elif saves:
             checkpoints.keep(args, model, optimizer, state, step, best)
     bar.close()
     state.say(f"validation error {best:.4f} after {step} steps; {args.out}/best.pt, "

@@ -5,6 +5,7 @@ samples, schedules, the log. Small functions; the loops stay in the scripts.
 Resuming is exact because nothing random has a memory: the samples of a step, their augmentation
 and the network's own noise are pure functions of (seed, step) or (seed, epoch, index).
 """
+import argparse
 import contextlib
 import json
 import math
@@ -20,12 +21,41 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoints import PARTS
 from data import InputError, mix
-from model import PRESETS, Config
+from model import PRESETS, Config, normalize
 
 # -----------------------------------------------------------------------------
 # Command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that keeps the paragraphs of a script's docstring and complains in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
+def number(kind, low, high=math.inf, above=False):
+    """A converter for argparse: finite numbers of a kind, low (exclusive if `above`) to high."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            bound = f"{'more than' if above else 'at least'} {low}"
+            bound += f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {bound}")
+        return value
+    return convert
+
+
+POSITIVE, COUNT = number(int, 1), number(int, 0)
+RATE, SHARE = number(float, 0, above=True), number(float, 0, 1, above=True)
 
 
 def add_flags(parser):
@@ -36,16 +66,16 @@ def add_flags(parser):
     add("--out", default=None, help="folder of checkpoints, log and pictures")
     add("--resume", action="store_true", help="continue OUT exactly where its last.pt stands")
     add("--eval", action="store_true", help="only evaluate OUT/best.pt")
-    add("--steps", type=int, help="optimiser steps; overrides the schedule's length")
-    add("--batch-size", type=int, help="images per process and micro-step")
-    add("--accumulate", type=int, default=1, help="micro-steps per optimiser step")
-    add("--lr", type=float, help="peak learning rate, as is")
-    add("--save-every", type=int, default=500, help="steps between checkpoints, besides epochs")
-    add("--workers", type=int, default=4, help="data processes per process; 0 = none")
-    add("--seed", type=int, default=0)
-    add("--window", type=int, help="attention window; bias tables are resized when loaded")
-    add("--drop-path", type=float, help="stochastic depth of the last encoder block")
-    add("--decoder-layers", type=int, help="a multiple of 3, so that every scale is read")
+    add("--steps", type=POSITIVE, help="optimiser steps; overrides the schedule's length")
+    add("--batch-size", type=POSITIVE, help="images per process and micro-step")
+    add("--accumulate", type=POSITIVE, default=1, help="micro-steps per optimiser step")
+    add("--lr", type=RATE, help="peak learning rate, as is")
+    add("--save-every", type=POSITIVE, default=500, help="steps between checkpoints")
+    add("--workers", type=COUNT, default=4, help="data processes: read, augment, plan")
+    add("--seed", type=number(int, 0, 2**63), default=0)
+    add("--window", type=number(int, 2, 32), help="attention window, tokens a side")
+    add("--drop-path", type=number(float, 0, 0.9), help="of the last encoder block")
+    add("--decoder-layers", type=number(int, 3, 99), help="a multiple of 3")
     add("--compile", action="store_true", help="torch.compile the decoder (GPUs)")
 
 
@@ -53,11 +83,11 @@ def add_finetune_flags(parser):
     """What stage 2 adds."""
     add = parser.add_argument
     add("--init", help="pre-trained checkpoint; without it the run starts from scratch")
-    add("--load", default=",".join(PARTS), help="parts taken from --init")
+    add("--load", help="parts taken from --init: backbone,bifpn,decoder (default: all)")
     add("--init-backbone", help="torchvision:FILE, supervised Swin weights")
-    add("--data-fraction", type=float, default=1.0, help="share of the training set (Table 8)")
-    add("--backbone-lr", type=float, help="learning rate of the backbone, times --lr")
-    add("--query-lr", type=float, default=1.0, help="learning rate of the e_i, times --lr")
+    add("--data-fraction", type=SHARE, default=1.0, help="share of the training set (Table 8)")
+    add("--backbone-lr", type=number(float, 0), help="lr of the backbone, times --lr")
+    add("--query-lr", type=number(float, 0), default=1.0, help="lr of the e_i, times --lr")
 
 
 def parse(parser, presets, argv=None):
@@ -67,6 +97,8 @@ def parse(parser, presets, argv=None):
     args = parser.parse_args(argv)
     if args.data is None:
         parser.error("--data is missing: a folder, or toyworld")
+    if vars(args).get("load") and not args.init:
+        parser.error("--load chooses parts of --init, which is missing")
     return args
 
 
@@ -86,15 +118,14 @@ def run(main, args):
         return main(args)
     except (InputError, FloatingPointError) as error:
         # an error from a data process carries its traceback: the last line is ours
-        sys.exit(_complain(str(error).strip().splitlines()[-1].replace("data.InputError: ", "")))
+        message = str(error).strip().splitlines()[-1].replace("data.InputError: ", "")
+    except OSError as error:
+        message = f"{error.filename or 'input or output'}: {error.strerror or error}"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _complain(message):
     print(f"error: {message}", file=sys.stderr, flush=True)
-    return 2
+    sys.exit(2)
 
 
 # -----------------------------------------------------------------------------
@@ -122,6 +153,13 @@ class Run:
             return model
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
+    def fetch(self, loader):
+        """Next batch on the device: images normalised, their layout, targets if there are any."""
+        images, layout, *targets = next(loader)
+        move = partial(torch.Tensor.to, device=self.device, non_blocking=True)
+        targets = [[{k: move(v) for k, v in t.items()} for t in batch] for batch in targets]
+        return normalize(move(images)), layout.to(self.device), *targets
+
     def no_sync(self, model, last):
         """Average the gradients only at the last micro-step of an optimiser step."""
         return contextlib.nullcontext() if last or self.world == 1 else model.no_sync()
@@ -143,10 +181,6 @@ class Run:
         for other in parts[1:]:
             parts[0].merge(other)
         return parts[0]
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
 
 
 def pick_device(local_rank=0):
@@ -173,6 +207,9 @@ def start(args):
         state.rank, state.world = dist.get_rank(), dist.get_world_size()
     precision = "bf16 autocast" if state.dtype else "fp32"
     state.say(f"device {device}, {state.world} process(es), {precision}")
+    if Path(args.out, "last.pt").exists() and not (args.resume or args.eval):
+        raise InputError(f"--out {args.out}: holds a run already; --resume continues it, another "
+                         "--out starts a new one")
     try:
         Path(args.out, "samples").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -351,8 +388,10 @@ class Log:
         self.path = Path(args.out, "log.jsonl") if state.rank == 0 else None
         if self.path and self.path.exists():
             lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            lines = [line for line in lines if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in lines))
+            lines = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+            kept = self.path.with_suffix(".tmp")
+            kept.write_text("".join(lines))
+            os.replace(kept, self.path)
 
     def write(self, **row):
         if self.path:
