@@ -1411,7 +1411,7 @@ def test_one_training_step_is_short():
 
 
 def main(pattern=""):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     tests = [f for name, f in globals().items() if name.startswith("test_") and pattern in name]
     passed, failed = 0, 0
     for test in tests:
