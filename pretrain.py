@@ -69,13 +69,14 @@ def evaluate(model, dataset, args, state):
 
 @torch.no_grad()
 def picture(model, dataset, path, state, count=8):
-    """A row per validation photo: input, what the encoder saw, reconstruction.
+    """A row for each of a few validation photos: input, what the encoder saw, reconstruction.
 
     With --norm-pix the network predicts contrast and form only; the mean and spread of a hidden
     unit, needed to show it, are then borrowed from the input.
     """
     model.eval()
-    config, ids = model.glid.config, range(min(count, len(dataset)))
+    config, count = model.glid.config, min(count, len(dataset))
+    ids = [i * len(dataset) // count for i in range(count)]                 # from all over the set
     images, layout = collate_pretraining(config, [dataset[(0, i)] for i in ids])
     pixels, layout = normalize(images.to(state.device)), layout.to(state.device)
     prediction = model(pixels, layout)[0].float()
