@@ -151,7 +151,8 @@ class Run:
         """The model as the loop calls it: gradients averaged over the processes."""
         if self.world == 1:
             return model
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # our buffers are constants: nothing to broadcast
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def fetch(self, loader):
         """Next batch on the device: images normalised, their layout, targets if there are any."""

@@ -5,7 +5,7 @@ set -e
 cd "$(dirname "$0")/.."
 seed=$1
 out=out/semantic-$seed
-python pretrain.py --preset tiny --seed "$seed" --out "$out/pretrain"
+[ -f "$out/pretrain/best.pt" ] || python pretrain.py --preset tiny --seed "$seed" --out "$out/pretrain"
 python finetune_seg.py --preset tiny --seed "$seed" --out "$out/none"
 for parts in backbone backbone,bifpn backbone,bifpn,decoder; do
     python finetune_seg.py --preset tiny --seed "$seed" --out "$out/$parts" \
