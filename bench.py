@@ -94,6 +94,7 @@ def peak_memory(name, config, batch):
 
 
 def main(args):
+    """Time, measure memory, print; returns {"<part>_over_dense": ratio}."""
     device, config = pick_device(), Config(**PRESETS[args.preset])
     names = ["dense"] + [n for part in args.parts for n in NEEDS[part]]
     runs = contestants(config, device)

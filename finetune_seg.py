@@ -36,6 +36,7 @@ PRESETS = {
 
 
 def flags():
+    """The command line; defaults are Mask2Former's recipe for ADE20K."""
     parser = training.Parser(__doc__)
     training.add_flags(parser)
     training.add_finetune_flags(parser)

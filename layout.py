@@ -98,7 +98,7 @@ class Layout:
         """Window of each token: (place in 0..G*S [T], window [T], G, whether rows are mixed).
 
         A token's window is floor((coordinate + window - shift) / window): no roll, no padding,
-        windows at the border are just partly filled (METHOD A15: exactly Swin's partition).
+        windows at the border are just partly filled (exactly the partition that Swin rolls for).
         """
         w, (b, y, x) = self.config.window, self.coords[stage].unbind(1)
         # as in Swin, an image that fits into one window is not shifted (per image and axis)

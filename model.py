@@ -78,7 +78,8 @@ class WindowAttention(nn.Module):
         index = (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
         self.register_buffer("bias_index", index.view(-1), persistent=False)    # [S * S]
 
-    def forward(self, x, layout, stage, shifted):                   # x: [T, C]
+    def forward(self, x, layout, stage, shifted):
+        """[T, C] -> [T, C]; the windows come from the layout, shifted or not."""
         tokens, dim = x.shape
         pick, unpick, back, block = layout.windows(stage, shifted, self.heads)
         rows = self.qkv(x).view(tokens * 3 * self.heads, -1)        # [T * 3 * h, d]
@@ -140,7 +141,7 @@ class Swin(nn.Module):
             nn.ModuleList(SwinBlock(c, h, config.window, next(rates)) for _ in range(depth))
             for c, h, depth in zip(widths, config.heads, config.depths))
         self.merges = nn.ModuleList(PatchMerging(c) for c in widths[:3])
-        # one norm per stage, trained in pre-training too, so that they transfer (METHOD A21)
+        # one norm per stage, trained in pre-training too, so that they transfer (as Mask2Former)
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in widths)
 
     def patches(self, units):
@@ -162,7 +163,7 @@ class Swin(nn.Module):
 
 
 def resize_bias_table(table, window):
-    """Relative position bias [(2v-1)**2, h] of window v -> [(2w-1)**2, h], bicubic (METHOD A20)."""
+    """Relative position bias [(2v-1)**2, h] of window v -> [(2w-1)**2, h], bicubic."""
     old, new = round(len(table) ** 0.5), 2 * window - 1
     if old == new:
         return table
@@ -239,7 +240,7 @@ class BiFPN(nn.Module):
     """Maps of 1/4..1/32 -> the same scales at width D, after one top-down and one bottom-up pass.
 
     Thanks to the bottom-up path the 1/4 map, which the decoder never reads, feeds the maps that it
-    does read, and so is pre-trained too (METHOD D6). The paper says only "Bi-FPN"; one repeat.
+    does read, and so is pre-trained too. The paper says only "Bi-FPN"; one repeat.
     """
 
     def __init__(self, widths, dim):
@@ -412,7 +413,7 @@ class Pretrainer(nn.Module):
     def target(self, images, where):
         """Pixels of the units `where` [B * N, 3] = image, row, column: float [B, N, 3 * unit**2].
 
-        norm_pix: each unit minus its mean, over its standard deviation, as MAE (METHOD A28).
+        norm_pix: each unit minus its mean, over its standard deviation, as MAE.
         """
         x = split_units(images, self.glid.config.unit)[tuple(where.unbind(1))].flatten(1)
         if self.norm_pix:

@@ -35,6 +35,7 @@ PRESETS = {
 
 
 def flags():
+    """The command line; defaults are the paper's recipe."""
     parser = training.Parser(__doc__)
     training.add_flags(parser)
     add = parser.add_argument
@@ -128,7 +129,7 @@ def main(args):
         return {"loss": loss, "step": step}
     warmup = max(1, round(steps * args.warmup_epochs / args.epochs))
     total_batch = args.batch_size * state.world * args.accumulate
-    lr = args.lr or 1.2e-3 * total_batch / 2048                             # METHOD B1
+    lr = args.lr or 1.2e-3 * total_batch / 2048                             # = MAE's 1.5e-4 per 256
     training.describe(state, model, train, val, total_batch, steps, lr)
 
     training.compile_model(model, args)
