@@ -11,7 +11,6 @@ is 0.27 for the encoder that sees a quarter and 0.37 for the whole pre-training 
 """
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -79,7 +78,7 @@ def contestants(config, device):
 
 
 def peak_memory(name, config, batch):
-    """Bytes that forward + backward needs beyond weights and gradients; run in a fresh process."""
+    """Bytes that forward + backward needs beyond weights and gradients; for a fresh process."""
     device = pick_device()
     run = contestants(config, device)[name]
     run(1)                                              # gradients exist from here on
@@ -88,9 +87,16 @@ def peak_memory(name, config, batch):
         torch.cuda.reset_peak_memory_stats()
         run(batch)
         return torch.cuda.max_memory_allocated() - before
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")       # Linux: forget the peak so far
+    before = resident("VmRSS")
     run(batch)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return resident("VmHWM") - before
+
+
+def resident(field):
+    """Bytes of a memory field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def main(args):
