@@ -166,7 +166,7 @@ def dense_reference(glid, image, hidden):
     return maps
 
 
-def check_packed_against_dense(config, images, sizes, hidden):
+def assert_packed_equals_dense(config, images, sizes, hidden):
     glid = noisy(GLID(config)).double().eval()
     with torch.no_grad():
         tokens = Layout(config, sizes, hidden)
@@ -192,8 +192,8 @@ def test_packed_equals_dense_with_hidden_keys_removed():
         for strategy in ("random", "block", "grid"):
             with data.seeded(7):
                 hidden = torch.stack([data.hidden_units(strategy, 4, 0.75) for _ in images])
-            check_packed_against_dense(config, images, sizes, hidden)
-        check_packed_against_dense(config, images, sizes, torch.zeros(2, 4, 4, dtype=torch.bool))
+            assert_packed_equals_dense(config, images, sizes, hidden)
+        assert_packed_equals_dense(config, images, sizes, torch.zeros(2, 4, 4, dtype=torch.bool))
 
 
 def test_packed_equals_dense_ragged():
@@ -202,7 +202,7 @@ def test_packed_equals_dense_ragged():
     images = torch.randn(3, 3, 96, 90, generator=torch.Generator().manual_seed(0))
     hidden = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(3)) < 0.5
     hidden[:, 0, 0] = False
-    check_packed_against_dense(ODD, images, sizes, hidden)
+    assert_packed_equals_dense(ODD, images, sizes, hidden)
 
 
 def test_hidden_pixels_change_nothing():
