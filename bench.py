@@ -7,7 +7,8 @@ whose speed drifts favours nobody. A ratio is the median over the rounds.
 
 Forward + backward in training mode, Swin-B, window 6, 192 px, batch 8, 75 % hidden, fp32 on CPU,
 bf16 autocast on GPUs that have it. The floor by arithmetic (multiply-adds over the dense encoder's)
-is 0.27 for the encoder that sees a quarter and 0.37 for the whole pre-training step.
+is 0.27 for the encoder that sees a quarter and 0.37 for the whole pre-training step; seconds can
+fall below it, because the dense encoder also spends time on what is not a multiply-add.
 """
 import argparse
 import json

@@ -3,9 +3,10 @@ Stage 2: segmentation with the whole pre-trained GLID, a linear head and M zero 
 
     python finetune_seg.py --preset tiny --init out/pretrain/best.pt        with pre-training
     python finetune_seg.py --preset tiny --out out/scratch                  from scratch
-    python finetune_seg.py --preset tiny --init out/pretrain/best.pt --load backbone   (Table 4)
-The paper's recipe: 160 k steps of 16 images at 640 px, 100 queries, on 8 GPUs:
-    torchrun --nproc_per_node=8 finetune_seg.py --data ... --init out/base/best.pt --batch-size 2
+    python finetune_seg.py --preset tiny --out out/part --init out/pretrain/best.pt --load backbone
+Defaults are the paper's recipe (160 k steps of 16 images at 640 px, 100 queries, 8 processes):
+    torchrun --nproc_per_node=8 finetune_seg.py --data toyworld --init out/base/best.pt
+ToyWorld is the only labelled data set so far.
 
 Losses, augmentation, schedule and inference are Mask2Former's, without its masked attention, which
 the paper does not mention. OUT holds last.pt, best.pt, log.jsonl and samples/*.png: photo, truth,
@@ -141,7 +142,7 @@ def build(args, classes, state):
     if args.init_backbone:
         checkpoints.load_torchvision(model.glid, args.init_backbone, state)
     if args.init:
-        parts = args.load.split(",") if args.load else checkpoints.PARTS
+        parts = checkpoints.PARTS if args.load is None else args.load.split(",")
         checkpoints.load_parts(model.glid, args.init, parts, state)
     return model.to(state.device)
 

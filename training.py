@@ -97,7 +97,7 @@ def parse(parser, presets, argv=None):
     args = parser.parse_args(argv)
     if args.data is None:
         parser.error("--data is missing: a folder, or toyworld")
-    if vars(args).get("load") and not args.init:
+    if vars(args).get("load") is not None and not args.init:
         parser.error("--load chooses parts of --init, which is missing")
     return args
 
