@@ -46,6 +46,14 @@ def read(path, flag):
     return state
 
 
+def inherit(glid, args, state):
+    """What a fine-tuning starts from: --init-backbone, --init with --load, or nothing."""
+    if args.init_backbone:
+        load_torchvision(glid, args.init_backbone, state)
+    if args.init:
+        load_parts(glid, args.init, PARTS if args.load is None else args.load.split(","), state)
+
+
 def load_parts(glid, path, parts, state):
     """Copy the named parts of a pre-trained GLID; every tensor of a part must be there and fit."""
     checkpoint = read(path, "--init")

@@ -11,6 +11,7 @@ Photos stay uint8 until they are on the device: a quarter of the bytes to copy a
 import contextlib
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,8 @@ class ToyWorld:
     """ToyWorld scenes as samples, drawn once when the data set is opened.
 
     Forked data processes share the drawn scenes; nothing is drawn twice.
-    keys: which annotations to keep besides the image.
+    keys: which annotations of toyworld.scene to keep besides the image. Samples hold tv_tensors, so
+    that torchvision's transforms move image, boxes, masks, labels and depth together.
     """
     classes = toyworld.CLASSES
     things = len(toyworld.THINGS)
@@ -140,10 +142,11 @@ class ToyWorld:
 
     def __getitem__(self, index):
         sample = dict(self.samples[index])
-        sample["image"] = tv_tensors.Image(sample["image"])
-        if "semantic" in sample:
-            sample["semantic"] = tv_tensors.Mask(sample["semantic"])
-        return sample
+        canvas = sample["image"].shape[1:]
+        kinds = {"image": tv_tensors.Image, "boxes": partial(
+            tv_tensors.BoundingBoxes, format="XYXY", canvas_size=canvas)}
+        kinds |= dict.fromkeys(("semantic", "panoptic", "masks", "depth"), tv_tensors.Mask)
+        return {k: kinds[k](v) if k in kinds else v for k, v in sample.items()}
 
 
 def toy_count(path, default):
@@ -154,6 +157,21 @@ def toy_count(path, default):
     if count and not (count.isdecimal() and count.isascii() and int(count) > 0):
         raise InputError(f"--data {path}: COUNT must be a positive number, as in toyworld:1000")
     return int(count) if count else default
+
+
+def open_sources(path, size, keys, fraction=1.0):
+    """(training, validation) source of annotated samples for fine-tuning.
+
+    path: "toyworld[:COUNT]"; size: px of its photos; keys: the annotations to keep; fraction: the
+    share of the training samples to use, the first ones.
+    """
+    count = toy_count(path, 256)
+    if not count:
+        raise InputError(f"--data {path}: only toyworld has annotations so far")
+    sources = [ToyWorld(split, n, size, keys=keys)
+               for split, n in (("train", count), ("val", min(count, 256)))]
+    sources[0].samples = sources[0].samples[:max(1, round(fraction * count))]
+    return sources
 
 
 # -----------------------------------------------------------------------------
@@ -251,15 +269,15 @@ def hold_out(files):
 
 
 class CropToFit:
-    """Random crop of at most size x size; a smaller image stays as it is (the batch pads it, and
+    """Random crop of at most height x width; a smaller image stays as it is (the batch pads it, and
     the network does not see padding, unlike the grey border that RandomCrop would add)."""
 
-    def __init__(self, size):
-        self.size = size
+    def __init__(self, height, width):
+        self.height, self.width = height, width
 
     def __call__(self, sample):
         height, width = sample["image"].shape[-2:]
-        h, w = min(height, self.size), min(width, self.size)
+        h, w = min(height, self.height), min(width, self.width)
         top, left = (int(torch.randint(n + 1, ())) for n in (height - h, width - w))
         box = (top, left, h, w)
         return {k: v2.functional.crop(v, *box) if isinstance(v, tv_tensors.TVTensor) else v
@@ -273,7 +291,7 @@ def segmentation_transform(train, size):
         return v2.RandomShortestSize([size], max_size=4 * size, antialias=True)
     scales = [int(size * s / 10) for s in range(5, 21)]
     return v2.Compose([v2.RandomShortestSize(scales, max_size=4 * size, antialias=True),
-                       CropToFit(size), v2.RandomPhotometricDistort(),
+                       CropToFit(size, size), v2.RandomPhotometricDistort(),
                        v2.RandomHorizontalFlip()])
 
 
@@ -307,13 +325,8 @@ class Segmentation:
 
 
 def open_segmentation(path, size, fraction=1.0, seed=0):
-    """(training set, validation set) for semantic segmentation. path: "toyworld[:COUNT]"."""
-    count = toy_count(path, 256)
-    if not count:
-        raise InputError(f"--data {path}: only toyworld can be segmented so far")
-    sources = [ToyWorld(split, n, size, keys=["semantic"])
-               for split, n in (("train", count), ("val", min(count, 256)))]
-    sources[0].samples = sources[0].samples[:max(1, round(fraction * count))]
+    """(training set, validation set) for semantic segmentation; see open_sources."""
+    sources = open_sources(path, size, ["semantic"], fraction)
     return [Segmentation(s, train, size, seed) for s, train in zip(sources, (True, False))]
 
 

@@ -14,14 +14,13 @@ prediction.
 """
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 
 import checkpoints
+import draw
 import training
 from data import IGNORE, collate, open_segmentation
+from inference import at_original, semantic_inference
 from losses import segmentation_loss
 from metrics import MeanIoU
 from model import Segmenter, normalize
@@ -55,29 +54,6 @@ def flags():
     return parser
 
 
-def semantic_inference(class_logits, mask_logits):
-    """Sum over queries of p(class) x p(mask), as Mask2Former; no-object dropped.
-
-    class_logits [B, M, K + 1], mask_logits [B, M, h, w] -> scores [B, K, h, w].
-    """
-    p = class_logits.float().softmax(-1)[..., :-1]
-    return torch.einsum("bqk,bqhw->bkhw", p, mask_logits.float().sigmoid())
-
-
-def at_original(scores, size, patch, original):
-    """Scores [K, h, w] of a padded canvas -> [K, H0, W0] at the photo's original size.
-
-    size: (H, W) px of the image within the canvas. Bilinear, as Mask2Former: first to the network's
-    input, where the padding is cut off, then to the original. Units that are all padding are cut
-    off before, so that the answer does not depend on the other images of the batch.
-    """
-    h, w = (-(-n // (8 * patch)) * 8 for n in size)                         # tokens of its units
-    scores = F.interpolate(scores[None, :, :h, :w], (h * patch, w * patch), mode="bilinear",
-                           align_corners=False)
-    scores = scores[:, :, :size[0], :size[1]]
-    return F.interpolate(scores, original, mode="bilinear", align_corners=False)[0]
-
-
 @torch.no_grad()
 def predict(model, images, layout, originals, state):
     """uint8 images [B, 3, H, W] -> list of class maps uint8 [H0, W0] at the original sizes."""
@@ -103,35 +79,12 @@ def evaluate(model, dataset, args, state, path=None):
         for image, size, truth, guess in zip(images, sizes, truths, found):
             metric.update(guess.numpy(), truth.numpy())
             if len(rows) < 8:
-                rows.append(drawn(image[:, :size[0], :size[1]], truth, guess))
+                rows.append(draw.beside(image[:, :size[0], :size[1]], truth.shape,
+                                        draw.label_map(truth), draw.label_map(guess)))
     model.train()
     if path and state.rank == 0:
-        save_picture(rows, path)
+        draw.save_picture(rows, path)
     return state.merged(metric).result()
-
-
-def drawn(image, truth, guess):
-    """Photo, truth and prediction side by side, uint8 [3, H, 3 W]."""
-    image = F.interpolate(image[None].float(), truth.shape).byte()[0]
-    colours = torch.from_numpy(palette())
-    return torch.cat([image] + [colours[m.long()].permute(2, 0, 1) for m in (truth, guess)], 2)
-
-
-def palette(count=256):
-    """Distinct colours for labels, uint8 [count, 3]; the ignore label is black."""
-    step = np.arange(count)[:, None] * np.array([0.618034, 0.381966, 0.236068]) + [0, 0.33, 0.67]
-    colours = (80 + 175 * (step % 1)).astype(np.uint8)
-    colours[IGNORE] = 0
-    return colours
-
-
-def save_picture(rows, path):
-    """Stack pictures [3, H, W] of unequal sizes into one PNG."""
-    width = max(r.shape[2] for r in rows)
-    canvas = torch.cat([F.pad(r, (0, width - r.shape[2])) for r in rows], 1)
-    picture = Image.fromarray(canvas.permute(1, 2, 0).numpy())
-    zoom = max(1, 480 // picture.width)
-    picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST).save(path)
 
 
 def build(args, classes, state):
@@ -139,11 +92,7 @@ def build(args, classes, state):
     torch.manual_seed(args.seed)
     model = Segmenter(training.model_config(args), {"semantic": args.queries},
                       {"semantic": len(classes)})
-    if args.init_backbone:
-        checkpoints.load_torchvision(model.glid, args.init_backbone, state)
-    if args.init:
-        parts = checkpoints.PARTS if args.load is None else args.load.split(",")
-        checkpoints.load_parts(model.glid, args.init, parts, state)
+    checkpoints.inherit(model.glid, args, state)
     return model.to(state.device)
 
 

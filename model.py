@@ -365,6 +365,15 @@ class GLID(nn.Module):
     def decode(self, queries, maps, layout, self_mask=None, every_layer=False):
         return self.decoder(queries, maps, layout, self_mask, every_layer)
 
+    def ask(self, images, layout, offsets, self_mask=None, every_layer=False):
+        """Fine-tuning's forward pass: M queries [CLS] + e_i (Eq. 3) ask about each image.
+
+        offsets: the e_i, [M, D]. Returns x [L, B, M, D], L = 1 unless every_layer, and the maps.
+        """
+        maps = self.encode(images, layout)
+        queries = (self.decoder.cls + offsets).expand(len(images), -1, -1)              # Eq. 3
+        return self.decode(queries, maps, layout, self_mask, every_layer), maps
+
 
 def split_units(images, unit):
     """[B, 3, H, W], multiples of the unit -> [B, H / unit, W / unit, 3, unit, unit], a view."""
@@ -464,7 +473,5 @@ class Segmenter(nn.Module):
     def forward(self, images, layout, task, every_layer=False):
         """-> classes [L, B, M, K + 1], mask logits [L, B, M, H, W] at 1/4 of the padded canvas."""
         head = self.heads[task]
-        maps = self.glid.encode(images, layout)
-        queries = (self.glid.decoder.cls + head.offsets).expand(len(images), -1, -1)    # Eq. 3
-        x = self.glid.decode(queries, maps, layout, every_layer=every_layer)
+        x, maps = self.glid.ask(images, layout, head.offsets, every_layer=every_layer)
         return head(x, layout.to_grid(maps[0], 0))                          # f^b = the 1/4 map

@@ -41,6 +41,7 @@ import toyexport
 import toyworld
 import training
 from data import InputError
+from inference import at_original, semantic_inference
 from layout import Layout, whole
 from model import GLID, PRESETS, Config, Pretrainer, Segmenter
 
@@ -237,7 +238,7 @@ def test_padded_batch_equals_alone():
             h, w = m.shape[-2:]
             assert_close(masks[:, b, :, :h, :w], m[:, 0], 1e-9, f"masks of image {b}")
             together, alone = (
-                finetune_seg.at_original(finetune_seg.semantic_inference(x, y)[0], sizes[b], 2,
+                at_original(semantic_inference(x, y)[0], sizes[b], 2,
                                          (33, 47)) for x, y in
                 ((classes[-1, b:b + 1], masks[-1, b:b + 1]), (c[-1], m[-1])))
             assert_close(together, alone, 1e-6, f"answer for image {b}")
@@ -1051,8 +1052,8 @@ def test_inference_reaches_original_pixels():
     masks = torch.full((1, 3, 16, 24), -9.0)
     masks[0, 0, :, :8], masks[0, 1, :, 8:] = 9, 9
     masks[0, 2] = 9                                         # "no object" everywhere: must not count
-    scores = finetune_seg.semantic_inference(classes, masks)
-    found = finetune_seg.at_original(scores[0], (50, 64), 4, (100, 128)).argmax(0)
+    scores = semantic_inference(classes, masks)
+    found = at_original(scores[0], (50, 64), 4, (100, 128)).argmax(0)
     assert found.shape == (100, 128)
     assert (found[:, :62] == 0).all() and (found[:, 66:] == 1).all()
 
