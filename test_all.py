@@ -1210,28 +1210,28 @@ def test_detection_inference_by_hand():
 
 
 def test_detection_samples_stay_aligned():
-    """Boxes follow every flip, crop and resize: they stay the boxes of their masks (to the pixel
-    that a resize can blur), in photos that the masks were painted into; none is without area."""
-    source = data.ToyWorld("train", 8, 160, keys=["boxes", "classes", "masks"])
-    assert len(source.samples) == 8
-    transform, errors = data.detection_transform(True, 160), []
-    for i, epoch in itertools.product(range(8), range(4)):
-        sample = source[i]
-        painted = 255 * sample["masks"].any(0).byte().expand(3, -1, -1)
-        sample["image"] = data.tv_tensors.Image(painted)
-        with data.seeded(i, epoch):
-            out = transform(sample)
-        height, width = out["image"].shape[1:]
-        assert out["masks"].shape[1:] == (height, width) and max(height, width) <= 266
+    """Boxes follow every flip, crop and resize: painted into the photo as rectangles, they stay
+    the boxes of what was painted; none is without area; crowds are left out."""
+    transform, seen = data.detection_transform(True, 160), 0
+    for i in range(40):
+        with data.seeded(i):
+            x, y = torch.randint(100, (2,)).tolist()
+            w, h = (30 + torch.randint(30, (2,))).tolist()
+            photo = torch.zeros(3, 160, 190, dtype=torch.uint8)
+            photo[:, y:y + h, x:x + w] = 255
+            box = data.tv_tensors.BoundingBoxes([[float(x), y, x + w, y + h]], format="XYXY",
+                                                canvas_size=(160, 190))
+            out = transform({"image": data.tv_tensors.Image(photo), "boxes": box})
+        assert max(out["image"].shape[1:]) <= 266
         painted = out["image"][0] > 127
-        assert (painted == out["masks"].any(0)).float().mean() > 0.95
-        for mask, box in zip(out["masks"], out["boxes"]):
-            ys, xs = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
-            if len(ys) > 3 and len(xs) > 3:
-                edges = torch.stack([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
-                assert (edges - box).abs().max() < 6, (edges, box)    # thin parts get lost
-                errors.append((edges - box).abs().mean())
-    assert len(errors) > 50 and sum(errors) / len(errors) < 1
+        if painted.any():
+            ys, xs = painted.any(1).nonzero()[:, 0], painted.any(0).nonzero()[:, 0]
+            edges = torch.stack([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
+            assert (edges - out["boxes"][0]).abs().max() <= 1.5, (i, edges, out["boxes"])
+            seen += 1
+        else:
+            assert (out["boxes"][0, 2:] - out["boxes"][0, :2]).amin() <= 0.5
+    assert seen > 30
     train, val = data.open_detection("toyworld:8", 160)
     for i in range(8):
         sample = train[(3, i)]
@@ -1243,6 +1243,7 @@ def test_detection_samples_stay_aligned():
     assert torch.equal(same[(0, 1)]["image"], same[(9, 1)]["image"])
     assert val[(0, 0)]["size"].tolist() == [160, 160]
     # crowds are not trained on
+    source = data.ToyWorld("train", 1, 160, keys=["boxes", "classes"])
     crowd = torch.arange(len(source[0]["classes"])) == 0
     source.samples[0]["iscrowd"] = crowd
     kept = data.Detection(source, train=True, augment=False, size=160, seed=0)[(0, 0)]
