@@ -1468,28 +1468,36 @@ def test_resume_is_exact():
         assert (at / "whole/log.jsonl").read_text() == (at / "killed/log.jsonl").read_text()
 
 
-def test_segmentation_resumes_exactly():
-    """The same for fine-tuning, whose losses sample random points; stopped after 3 of 6 steps."""
-    with folder() as at, quiet():
-        flags = [*TOY, "--steps", 6, "--eval-every", 3, "--points", 64, "--drop-path", 0.2]
-        whole = args_for(finetune_seg, *flags, "--out", at / "whole")
-        finetune_seg.main(whole)
-        part = args_for(finetune_seg, *flags, "--out", at / "part")
-        real = checkpoints.keep
-        def stop_after(*a, **k):
-            real(*a, **k)
-            if a[4] == 4:
-                raise KeyboardInterrupt
-        checkpoints.keep = stop_after
-        try:
-            finetune_seg.main(part)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            checkpoints.keep = real
-        part.resume = True
-        finetune_seg.main(part)
-        assert differences(at / "whole/last.pt", at / "part/last.pt") == 0
+# every fine-tuning script: flags that keep it small, what --eval prints first, its metric
+FINETUNING = {
+    "finetune_seg": (["--points", 64], "mIoU", "mIoU"),
+    "finetune_det": (["--queries", 12, "--many-queries", 24], "box AP", "AP"),
+}
+
+
+def test_finetuning_resumes_exactly():
+    """The same for every fine-tuning, stopped after 3 of 6 steps; some sample random points."""
+    for name, (small, *_) in FINETUNING.items():
+        script = globals()[name]
+        with folder() as at, quiet():
+            flags = [*TOY, *small, "--steps", 6, "--eval-every", 3, "--drop-path", 0.2]
+            script.main(args_for(script, *flags, "--out", at / "whole"))
+            part = args_for(script, *flags, "--out", at / "part")
+            real = checkpoints.keep
+            def stop_after(*a, real=real, **k):
+                real(*a, **k)
+                if a[4] == 4:
+                    raise KeyboardInterrupt
+            checkpoints.keep = stop_after
+            try:
+                script.main(part)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                checkpoints.keep = real
+            part.resume = True
+            script.main(part)
+            assert differences(at / "whole/last.pt", at / "part/last.pt") == 0, name
 
 
 def test_two_processes_train_as_one():
@@ -1517,15 +1525,17 @@ def weights_differ(a, b):
 
 
 def test_two_processes_evaluate_as_one():
-    """mIoU of 7 images on 2 processes, which 7 does not divide, equals that on one."""
-    with folder() as at:
-        flags = ["--data", "toyworld:7", "--workers", 0, "--batch-size", 2, "--out", at]
-        with quiet():
-            finetune_seg.main(args_for(finetune_seg, *flags, "--steps", 3, "--points", 64))
-            one = finetune_seg.main(args_for(finetune_seg, *flags, "--eval"))["mIoU"]
-        output = finish(launch("finetune_seg.py", *flags, "--eval", processes=2))
-        line = next(x for x in output.splitlines() if x.startswith("mIoU"))
-        assert line.startswith(f"mIoU {100 * one:.2f} of 7 images"), line
+    """The metric of 7 images on 2 processes, which 7 does not divide, equals that on one."""
+    for name, (small, words, metric) in FINETUNING.items():
+        script = globals()[name]
+        with folder() as at:
+            flags = ["--data", "toyworld:7", "--workers", 0, "--batch-size", 2, *small, "--out", at]
+            with quiet():
+                script.main(args_for(script, *flags, "--steps", 3))
+                one = script.main(args_for(script, *flags, "--eval"))[metric]
+            output = finish(launch(name + ".py", *flags, "--eval", processes=2))
+            line = next(x for x in output.splitlines() if x.startswith(words))
+            assert line.startswith(f"{words} {100 * one:.2f} of 7 images"), line
 
 
 # -----------------------------------------------------------------------------
