@@ -36,3 +36,23 @@ def palette(count=256):
 def label_map(labels):
     """Class map uint8 [H, W] -> colours uint8 [3, H, W]."""
     return palette()[labels.long()].permute(2, 0, 1)
+
+
+# near to far: light to dark, so that the order survives without colour; black means invalid
+DEPTHS = np.array([[255, 240, 170], [253, 175, 85], [235, 95, 80], [165, 50, 130], [85, 40, 150],
+                   [35, 35, 90]])
+
+
+def depth_range(depth):
+    """Least and greatest valid depth (> 0) in metres; 0, 0 if there is none."""
+    valid = depth[depth > 0]
+    return (valid.min().item(), valid.max().item()) if valid.numel() else (0.0, 0.0)
+
+
+def depth_map(depth, low, high):
+    """Depth [H, W] in metres -> colours uint8 [3, H, W], low = light yellow, high = dark blue,
+    what lies beyond them like the end of the scale; 0 = invalid = black."""
+    depth = depth.numpy()
+    at = (depth - low) / max(high - low, 1e-9) * (len(DEPTHS) - 1)          # 0..5 on the scale
+    colours = np.stack([np.interp(at, np.arange(len(DEPTHS)), c) for c in DEPTHS.T])
+    return torch.from_numpy((colours * (depth > 0)).round().astype(np.uint8))

@@ -88,6 +88,8 @@ def add_finetune_flags(parser):
     add("--data-fraction", type=SHARE, default=1.0, help="share of the training set (Table 8)")
     add("--backbone-lr", type=number(float, 0), help="lr of the backbone, times --lr")
     add("--query-lr", type=number(float, 0), default=1.0, help="lr of the e_i, times --lr")
+    add("--overfit", action="store_true", help="train and validate on the same images, not "
+        "augmented: the code must reach a near-perfect metric")
 
 
 def parse(parser, presets, argv=None):
@@ -370,6 +372,19 @@ def cosine(step, total, warmup):
 def poly(step, total, power=0.9):
     """1..0, DeepLab's and Mask2Former's schedule; no warm-up."""
     return (1 - step / total) ** power
+
+
+def one_cycle(step, total, rise=0.3, start=25, end=100):
+    """1/start up to 1 within the first `rise` of the steps, down to 1/(start * end), half cosines.
+
+    PyTorch's and mmcv's OneCycle, in both of which `end` (final_div_factor) divides the initial
+    rate, not the peak. Adam's momentum stays as it is: BinsFormer does not cycle it.
+    """
+    peak = rise * total - 1                                 # step of the highest rate
+    if step < peak:
+        return 1 + (1 / start - 1) * 0.5 * (1 + math.cos(math.pi * step / peak))
+    low = 1 / (start * end)
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * (step - peak) / (total - 1 - peak)))
 
 
 def set_lr(optimizer, lr):
