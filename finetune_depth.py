@@ -158,6 +158,7 @@ def main(args):
     """Train; returns the errors of the best checkpoint (a dict of REPORTED) and "step"."""
     state = training.start(args)
     train, val = open_depth(args.data, *args.crop, args.data_fraction, args.seed, args.overfit)
+    graded(val[(0, 0)]["depth"].shape, args)            # complain before the training, not after
     model = build(args, state)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),

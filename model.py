@@ -485,8 +485,9 @@ class DepthEstimator(nn.Module):
         self.glid = GLID(config)
         self.min_depth, self.max_depth = min_depth, max_depth               # metres
         self.offsets = nn.Parameter(torch.zeros(num_queries, config.dim))   # e_i of Eq. 3
-        self.length = nn.Linear(config.dim, 1)
-        self.embed = nn.Linear(config.dim, config.dim)
+        # no biases: what all queries share cancels in the softmax over queries of Eq. 5 and 6
+        self.length = nn.Linear(config.dim, 1, bias=False)
+        self.embed = nn.Linear(config.dim, config.dim, bias=False)
         self.length.apply(_init)
         self.embed.apply(_init)
 
