@@ -27,9 +27,10 @@ from metrics import DepthErrors
 from model import DepthEstimator, normalize
 
 PRESETS = {
-    # two CPU cores, about a minute
+    # two CPU cores, about a minute. The e_i need no speed: Eq. 5 gives each query another depth, so
+    # that they come apart by themselves
     "tiny": dict(data="toyworld", steps=320, crop=[64, 64], batch_size=16, queries=32, lr=1e-3,
-                 query_lr=100.0, drop_path=0.0, workers=1, eval_every=80),
+                 drop_path=0.0, workers=1, eval_every=80),
     "small": dict(drop_path=0.1),
 }
 REPORTED = ("REL", "RMSE", "log10", "delta1", "delta2", "delta3")
@@ -68,22 +69,26 @@ def depth_loss(depth, targets, patch):
 
 
 @torch.no_grad()
-def predict(model, images, layout, originals, state):
-    """uint8 images [B, 3, H, W] -> list of depth maps [H0, W0] in metres at the original sizes, the
-    mean of what the model says about the photo and about its mirror image."""
+def predict(model, images, layout, originals, state, mirror=True):
+    """uint8 images [B, 3, H, W] -> list of depth maps [H0, W0] in metres at the original sizes; the
+    mean of what the model says about the photo and, with mirror, about its mirror image."""
     sizes, patch = layout.sizes.tolist(), model.glid.config.patch
-    mirrored = images.clone()
-    for image, (h, w) in zip(mirrored, sizes):              # within its own size: padding stays
-        image[:, :h, :w] = image[:, :h, :w].flip(2)
     layout = layout.to(state.device)
-    found = []
-    for batch in (images, mirrored):
+
+    def answers(batch):
         with state.autocast():
             depth = model(normalize(batch.to(state.device)), layout)
         # already within --min-depth .. --max-depth, as all bins are: nothing to clamp
-        found.append([at_original(d[None], size, patch, original, align_corners=True)[0].cpu()
-                      for d, size, original in zip(depth, sizes, originals)])
-    return [(a + b.flip(1)) / 2 for a, b in zip(*found)]
+        return [at_original(d[None], size, patch, original, align_corners=True)[0].cpu()
+                for d, size, original in zip(depth, sizes, originals)]
+
+    found = answers(images)
+    if mirror:
+        mirrored = images.clone()
+        for image, (h, w) in zip(mirrored, sizes):          # within its own size: padding stays
+            image[:, :h, :w] = image[:, :h, :w].flip(2)
+        found = [(a + b.flip(1)) / 2 for a, b in zip(found, answers(mirrored))]
+    return found
 
 
 def graded(shape, args):
@@ -101,7 +106,7 @@ def graded(shape, args):
 def evaluate(model, dataset, args, state, path=None):
     """Depth errors over the validation set, every image once on one process; picture of the first.
 
-    Returns the dict of REPORTED; each is the mean of the images' own values.
+    Returns the dict of REPORTED, each the mean of the images' own values, and their number.
     """
     model.eval()
     metric, rows = DepthErrors(args.min_depth, args.max_depth), []
@@ -109,7 +114,8 @@ def evaluate(model, dataset, args, state, path=None):
     for images, layout, targets in training.loader(dataset, batches, collate, model.glid.config,
                                                    args, state):
         truths, sizes = [t["depth"] for t in targets], layout.sizes.tolist()
-        found = predict(model, images, layout, [t.shape for t in truths], state)
+        # --overfit augments nothing, here as little as in training: mirror images were never seen
+        found = predict(model, images, layout, [t.shape for t in truths], state, not args.overfit)
         for image, size, truth, guess in zip(images, sizes, truths, found):
             metric.update(guess.numpy(), truth.numpy(), graded(truth.shape, args))
             if len(rows) < 8:
@@ -124,7 +130,7 @@ def evaluate(model, dataset, args, state, path=None):
     if not errors["images"]:
         raise InputError(f"--data {args.data}: no validation image has a pixel with a depth between"
                          f" --min-depth {args.min_depth} and --max-depth {args.max_depth} metres")
-    return {name: errors[name] for name in REPORTED}
+    return {name: errors[name] for name in (*REPORTED, "images")}
 
 
 def build(args, state):
@@ -155,7 +161,7 @@ def conclude(model, val, args, state, step, best, optimizer, log):
 
 
 def main(args):
-    """Train; returns the errors of the best checkpoint (a dict of REPORTED) and "step"."""
+    """Train; returns the errors of the best checkpoint, see evaluate, and "step"."""
     state = training.start(args)
     train, val = open_depth(args.data, *args.crop, args.data_fraction, args.seed, args.overfit)
     graded(val[(0, 0)]["depth"].shape, args)            # complain before the training, not after
@@ -166,7 +172,7 @@ def main(args):
     step, best = checkpoints.resume(args, model, optimizer, state)
     if args.eval or step >= args.steps:
         errors = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))
-        state.say(f"{words(errors)} of {len(val)} images, step {step}")
+        state.say(f"{words(errors)} of {errors['images']} images, step {step}")
         return errors | {"step": step}
     training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
     total_batch = args.batch_size * state.world * args.accumulate
