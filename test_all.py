@@ -1180,7 +1180,8 @@ def test_depth_of_a_padded_batch_equals_alone():
 
 def test_every_parameter_learns_in_depth():
     """Also under bf16, whose rounding the depth itself is spared; without one valid pixel the loss
-    is finite and every parameter has a gradient tensor (several processes wait for each)."""
+    is finite and every parameter has a gradient tensor (several processes wait for each).
+    (The decoder's last bias is the same for all queries and cancels in both softmaxes.)"""
     _, (images, tokens, targets) = depth_batch()
     images = M.normalize(images)
     for dtype in (torch.float32, torch.bfloat16):
