@@ -404,6 +404,61 @@ def open_detection(path, size, fraction=1.0, overfit=False, seed=0):
 
 
 # -----------------------------------------------------------------------------
+# Depth
+
+
+class ColourAugment:
+    """BTS's: gamma 0.9-1.1, brightness 0.75-1.25, each channel 0.9-1.1; half of the time."""
+
+    def __call__(self, sample):
+        if torch.rand(()) < 0.5:
+            gamma, bright = (torch.empty(()).uniform_(*r) for r in ((0.9, 1.1), (0.75, 1.25)))
+            channels = torch.empty(3, 1, 1).uniform_(0.9, 1.1)
+            # gamma on 0..1 as BTS; BinsFormer's on 0..255 would clip most of the photo
+            image = (sample["image"].float() / 255) ** gamma * bright * channels
+            image = (image.clamp(0, 1) * 255).round().byte()
+            sample = sample | {"image": tv_tensors.Image(image)}
+        return sample
+
+
+def depth_transform(height, width):
+    """BinsFormer's training recipe for NYU: rotate by up to 2.5 degrees (half of the time), flip,
+    crop, colours.
+
+    Depth travels as a mask: nearest neighbour, so that no value is invented between two surfaces;
+    corners that a rotation uncovers become 0 = invalid.
+    """
+    rotation = v2.RandomRotation(2.5, interpolation=InterpolationMode.BILINEAR)
+    return v2.Compose([v2.RandomApply([rotation]), v2.RandomHorizontalFlip(),
+                       CropToFit(height, width), ColourAugment()])
+
+
+class Depth:
+    """(epoch, index) -> dict for collate(): image uint8 [3, H, W], depth float [H, W] metres, 0 =
+    invalid. With augment a training crop, else the whole photo as it is."""
+
+    def __init__(self, source, augment, height, width, seed):
+        self.source, self.seed = source, seed
+        self.transform = depth_transform(height, width) if augment else v2.Identity()
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, at):
+        epoch, index = at
+        with seeded(self.seed, epoch, index):
+            return self.transform(self.source[index])
+
+
+def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False):
+    """(training set, validation set) for depth; height, width: the training crop, px. ToyWorld's
+    photos are squares of the longer side. See open_sources."""
+    sources = open_sources(path, max(height, width), ["depth"], fraction, overfit)
+    return [Depth(s, augment, height, width, seed)
+            for s, augment in zip(sources, (not overfit, False))]
+
+
+# -----------------------------------------------------------------------------
 # Batches
 
 

@@ -47,3 +47,23 @@ def boxed(image, boxes, labels):
     edges = torch.stack([boxes[:, :2], boxes[:, 2:] - 1], 1).round()        # the last pixel inside
     edges = torch.stack([edges.amin(1), edges.amax(1)], 1).flatten(1)
     return draw_bounding_boxes(image, edges, colors=colours, width=1 + min(image.shape[1:]) // 300)
+
+
+# near to far: light to dark, so that the order survives without colour; black means invalid
+DEPTHS = np.array([[255, 240, 170], [253, 175, 85], [235, 95, 80], [165, 50, 130], [85, 40, 150],
+                   [35, 35, 90]])
+
+
+def depth_range(depth):
+    """Least and greatest valid depth (> 0) in metres; 0, 0 if there is none."""
+    valid = depth[depth > 0]
+    return (valid.min().item(), valid.max().item()) if valid.numel() else (0.0, 0.0)
+
+
+def depth_map(depth, low, high):
+    """Depth [H, W] in metres -> colours uint8 [3, H, W], low = light yellow, high = dark blue,
+    what lies beyond them like the end of the scale; 0 = invalid = black."""
+    depth = depth.numpy()
+    at = (depth - low) / max(high - low, 1e-9) * (len(DEPTHS) - 1)          # 0..5 on the scale
+    colours = np.stack([np.interp(at, np.arange(len(DEPTHS)), c) for c in DEPTHS.T])
+    return torch.from_numpy((colours * (depth > 0)).round().astype(np.uint8))

@@ -280,3 +280,26 @@ def pad_masks(masks, canvas):
     for target, m in zip(out, masks):
         target[:len(m), :m.shape[1], :m.shape[2]] = m
     return out
+
+
+# -----------------------------------------------------------------------------
+# Depth
+
+
+def silog_loss(prediction, target, eps=1e-3):
+    """Scale-invariant loss 10 sqrt(var(g) + 0.15 mean(g)^2), g = log prediction - log target.
+
+    prediction, target: float, metres, of one shape, whatever it is; prediction > 0. Pixels count
+    where target > 0. Eigen's loss as BTS and BinsFormer write it: var with 1 / n, logarithms of
+    depth + eps, statistics over all valid pixels of the batch, not of each image. Without a valid
+    pixel it is 0 with gradient 0.
+    """
+    valid = target > 0
+    g = torch.log(prediction.float() + eps) - torch.log(target.float() + eps)
+    g = torch.where(valid, g, 0)        # not g[valid], whose length a GPU would have to wait for
+    count = valid.sum().clamp(min=1)
+    mean = g.sum() / count
+    deviation = (g - mean) * valid / count.sqrt()
+    # as the length of a vector, whose slope is 0, not infinite, at a perfect prediction
+    parts = torch.cat([deviation.flatten(), 0.15 ** 0.5 * mean[None]])
+    return 10 * torch.linalg.vector_norm(parts)

@@ -509,3 +509,34 @@ class Segmenter(nn.Module):
         head = self.heads[task]
         x, maps = self.glid.ask(images, layout, head.offsets, every_layer=every_layer)
         return head(x, layout.to_grid(maps[0], 0))                          # f^b = the 1/4 map
+
+
+class DepthEstimator(nn.Module):
+    """M queries -> M bins of depth, mixed at every pixel (Eq. 5-7), as in AdaBins, BinsFormer."""
+
+    def __init__(self, config, num_queries, min_depth, max_depth):
+        super().__init__()
+        self.glid = GLID(config)
+        self.min_depth, self.max_depth = min_depth, max_depth               # metres
+        self.offsets = nn.Parameter(torch.zeros(num_queries, config.dim))   # e_i of Eq. 3
+        # no biases: what all queries share cancels in the softmax over queries of Eq. 5 and 6
+        self.length = nn.Linear(config.dim, 1, bias=False)
+        self.embed = nn.Linear(config.dim, config.dim, bias=False)
+        self.length.apply(_init)
+        self.embed.apply(_init)
+
+    def bins(self, x):
+        """x [B, M, D] -> centres of the bins in metres, float [B, M], rising (Eq. 5)."""
+        # Eq. 5 needs lengths that sum to 1; the paper does not say how. Softmax, as BinsFormer
+        length = self.length(x)[..., 0].float().softmax(-1)
+        middle = length.cumsum(-1) - length / 2             # all bins before it and half of its own
+        return self.min_depth + (self.max_depth - self.min_depth) * middle  # Eq. 5
+
+    def forward(self, images, layout):
+        """-> depth in metres, float [B, H, W] at 1/4 of the padded canvas."""
+        x, maps = self.glid.ask(images, layout, self.offsets)
+        x, map4 = x[-1], layout.to_grid(maps[0], 0)         # [B, M, D], f^b [B, H, W, D]
+        logits = torch.einsum("bmd,bhwd->bmhw", self.embed(x), map4)
+        share = logits.float().softmax(1)                   # Eq. 6: of each bin at each pixel
+        # Eq. 7; not an einsum, which autocast would round to bf16: steps of 3 cm at 5 m
+        return (self.bins(x)[:, :, None, None] * share).sum(1)

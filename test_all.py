@@ -31,6 +31,8 @@ from PIL import Image
 
 import checkpoints
 import data
+import draw
+import finetune_depth
 import finetune_det
 import finetune_seg
 import inference
@@ -45,7 +47,7 @@ import training
 from data import InputError
 from inference import at_original, semantic_inference
 from layout import Layout, whole
-from model import GLID, PRESETS, Config, Pretrainer, Segmenter
+from model import GLID, PRESETS, Config, DepthEstimator, Pretrainer, Segmenter
 
 HERE = Path(__file__).resolve().parent
 TINY = Config(**PRESETS["tiny"])
@@ -1273,6 +1275,331 @@ def test_perfect_detections_score_one():
 
 
 # -----------------------------------------------------------------------------
+# Depth
+
+
+def silog_restated(prediction, target):
+    """BTS writes it 10 sqrt(mean g^2 - 0.85 mean(g)^2); in double precision."""
+    p, t = (x.double().numpy().ravel() for x in (prediction, target))
+    g = np.log(p[t > 0] + 1e-3) - np.log(t[t > 0] + 1e-3)
+    return 10 * math.sqrt((g ** 2).mean() - 0.85 * g.mean() ** 2)
+
+
+def test_silog_by_formula():
+    """Value and, by central differences, gradient of the other published form of the loss."""
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = (0.1 + 9 * torch.rand(2, 3, 4, generator=generator) for _ in "pt")
+    target[0, 1:] = 0                                               # invalid
+    prediction.requires_grad_()
+    loss = losses.silog_loss(prediction, target)
+    loss.backward()
+    p = prediction.detach()
+    assert abs(loss.item() - silog_restated(p, target)) < 1e-4
+    for i in range(p.numel()):
+        moved = [p.double().flatten().index_add(0, torch.tensor([i]), torch.tensor([h]).double())
+                 for h in (1e-5, -1e-5)]
+        up, down = (silog_restated(m, target.flatten()) for m in moved)
+        assert abs(prediction.grad.flatten()[i].item() - (up - down) / 2e-5) < 1e-4, i
+
+
+def test_silog_without_much_to_measure():
+    """No valid pixel, one, a perfect prediction, a truth of almost zero: all finite."""
+    ones = torch.ones(2, 4, 4)
+    one_pixel = torch.zeros(2, 4, 4)
+    one_pixel[1, 2, 3] = 4
+    unknown = torch.full((2, 4, 4), math.nan)                       # some files mark holes so
+    cases = [(ones, 0 * ones, 0.0), (ones, unknown, 0.0), (2 * ones, 2 * ones, 0.0),
+             (ones, one_pixel, 10 * 0.15 ** 0.5 * math.log(4.001 / 1.001)),
+             (ones, -ones, 0.0), (ones, 1e-12 * ones, 10 * 0.15 ** 0.5 * math.log(1001))]
+    for prediction, target, expected in cases:
+        prediction = prediction.clone().requires_grad_()
+        loss = losses.silog_loss(prediction, target)
+        loss.backward()
+        assert abs(loss.item() - expected) <= 1e-4 * expected, (loss.item(), expected)
+        assert prediction.grad.isfinite().all() and bool(prediction.grad.any()) == (expected > 0)
+
+
+def depth_net(queries=6, config=TINY):
+    """A DepthEstimator whose queries differ and whose biases are not zero."""
+    torch.manual_seed(0)
+    net = noisy(DepthEstimator(config, queries, 0.5, 8.0)).eval()
+    torch.nn.init.normal_(net.offsets)
+    return net
+
+
+def test_depth_equals_equations_5_to_7():
+    net, images = depth_net(), torch.randn(2, 3, 64, 64)
+    tokens = whole(TINY, images)
+    with torch.no_grad():
+        depth = net(images, tokens)
+        x, maps = net.glid.ask(images, tokens, net.offsets)
+        features = tokens.to_grid(maps[0], 0)
+        length, z = (f(x[0]).double() for f in (net.length, net.embed))
+    assert depth.shape == (2, 32, 32) and depth.dtype == torch.float32
+    for b in range(2):
+        n = [math.exp(v) for v in length[b, :, 0].tolist()]
+        n = [v / sum(n) for v in n]                                 # sum 1: Eq. 5's range is full
+        centres = [0.5 + 7.5 * (n[i] / 2 + sum(n[:i])) for i in range(6)]           # Eq. 5
+        assert 0.5 < centres[0] and centres[-1] < 8 and centres == sorted(centres)
+        for y, x in ((0, 0), (3, 30), (31, 17)):
+            scores = [math.exp(float(z[b, i] @ features[b, y, x].double())) for i in range(6)]
+            expected = sum(s / sum(scores) * c for s, c in zip(scores, centres))    # Eq. 6, 7
+            assert abs(depth[b, y, x].item() - expected) < 1e-4
+    with torch.no_grad():                                           # equal lengths: by hand
+        net.length.weight.zero_()
+        centres = net.bins(torch.randn(1, 6, TINY.dim))[0]
+    assert_close(centres, 0.5 + 7.5 * (torch.arange(6) + 0.5) / 6, 1e-6)
+
+
+def depth_batch(sizes=((64, 64), (40, 56))):
+    """Photos of unequal sizes with depth, holes in it, collated."""
+    generator = torch.Generator().manual_seed(0)
+    samples = [{"image": torch.randint(0, 256, (3, h, w), generator=generator).byte(),
+                "depth": 9 * (torch.rand(h, w, generator=generator) - 0.2).clamp(min=0)}
+               for h, w in sizes]
+    return samples, data.collate(TINY, samples)
+
+
+def test_depth_of_a_padded_batch_equals_alone():
+    """Loss and predictions of an image do not depend on its neighbours or on what the padding
+    holds; a prediction is the mean over the photo and, turned back, its mirror image."""
+    net, state = depth_net(), training.Run(torch.device("cpu"))
+    samples, (images, tokens, targets) = depth_batch()
+    sizes = [(64, 64), (40, 56)]
+    images[1, :, 40:], images[1, :, :, 56:] = 200, 99               # must not be seen
+    found = finetune_depth.predict(net, images, tokens, sizes, state)
+    alone, mirrored = [], []
+    with torch.no_grad():
+        for sample in samples:
+            for turn, results in ((False, alone), (True, mirrored)):
+                image = sample["image"].flip(2) if turn else sample["image"]
+                image, single, _ = data.collate(TINY, [{"image": image}])
+                depth, size = net(M.normalize(image), single), image.shape[2:]
+                depth = at_original(depth, size, 2, size, align_corners=True)[0]
+                results.append(depth.flip(1) if turn else depth)
+        batch = net(M.normalize(images), tokens)
+    for a, b, c in zip(found, alone, mirrored):
+        assert_close(a, (b + c) / 2, 1e-5, "flip test")
+        assert (b - c).abs().max() > 1e-3, "the mirror image says the same"
+    one_pass = finetune_depth.predict(net, images, tokens, sizes, state, mirror=False)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(one_pass, alone))
+    loss = finetune_depth.depth_loss(batch, targets, 2)
+    pairs = torch.cat([torch.stack([a.flatten(), s["depth"].flatten()])
+                       for a, s in zip(alone, samples)], 1)
+    assert abs(loss.item() - silog_restated(*pairs)) < 1e-4
+    # aligned corners: the first and last token sit on the first and last pixel
+    ramp = at_original(torch.arange(8.0).expand(1, 8, 8), (16, 16), 2, (16, 16), True)[0]
+    assert_close(ramp[3], torch.linspace(0, 7, 16), 1e-6)
+
+
+def test_every_parameter_learns_in_depth():
+    """Also under bf16, whose rounding the depth itself is spared; without one valid pixel the loss
+    is finite and every parameter has a gradient tensor (several processes wait for each).
+    (The decoder's last bias is the same for all queries and cancels in both softmaxes.)"""
+    _, (images, tokens, targets) = depth_batch()
+    images = M.normalize(images)
+    for dtype in (torch.float32, torch.bfloat16):
+        net = depth_net().train()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            depth = net(images, tokens)
+        assert depth.dtype == torch.float32 and (depth != depth.bfloat16().float()).any()
+        assert not without_gradient(net, finetune_depth.depth_loss(depth, targets, 2))
+    net.zero_grad()
+    nothing = [{"depth": 0 * t["depth"]} for t in targets]
+    loss = finetune_depth.depth_loss(net(images, tokens), nothing, 2)
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_depth_bins_come_apart():
+    """Equal queries (Eq. 3: e_i = 0) answer different bins: one step and no two are the same."""
+    torch.manual_seed(0)
+    net = DepthEstimator(TINY, 6, 1e-3, 10.0)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    _, (images, tokens, targets) = depth_batch()
+    finetune_depth.depth_loss(net(M.normalize(images), tokens), targets, 2).backward()
+    optimizer.step()
+    for a, b in itertools.combinations(net.offsets, 2):
+        assert not torch.equal(a, b)
+
+
+def test_depth_augmentation_keeps_photo_and_depth_together():
+    """A photo painted by its depth stays so: to the bit through flip and crop, but for blurred
+    borders through the rotation, whose uncovered corners are invalid."""
+    depth = data.ToyWorld("train", 1, 64, keys=["depth"])[0]["depth"]
+    grey = (depth * 25).round()
+    sample = {"image": data.tv_tensors.Image(grey.byte().expand(3, -1, -1)),
+              "depth": data.tv_tensors.Mask(grey / 25)}
+    rotate, flip, crop, colours = data.depth_transform(48, 56).transforms
+    crops = set()
+    for i in range(20):
+        with data.seeded(i):
+            out = crop(flip(sample))
+        image, d = out["image"].float() / 25, out["depth"]
+        assert image.shape == (3, 48, 56) and d.shape == (48, 56) and torch.equal(image[0], d)
+        crops.add(d.as_subclass(torch.Tensor).numpy().tobytes())
+    assert len(crops) > 15                                          # crops and flips do differ
+    for i in range(20):
+        with data.seeded(i):
+            out = rotate(sample)
+        assert set(out["depth"].unique().tolist()) <= set(sample["depth"].unique().tolist()) | {0.0}
+        error = (out["image"][0].float() / 25 - out["depth"]).abs()
+        assert (error < 0.3).float().mean() > 0.85
+    turned, board = 0, data.tv_tensors.Mask(1 + torch.arange(300 * 300.0).view(300, 300))
+    for i in range(40):                         # half of the time, invalid corners, small angles
+        with data.seeded(i):
+            out = rotate({"depth": board})["depth"]
+        turned += not torch.equal(out, board)
+        assert torch.equal(out, board) or 0 < (out == 0).float().mean() < 0.05
+    assert 10 < turned < 30
+    painted = data.tv_tensors.Image(torch.full((3, 8, 8), 100, dtype=torch.uint8))
+    changed, low, high = 0, (100 / 255) ** 1.1 * 0.75 * 0.9, (100 / 255) ** 0.9 * 1.25 * 1.1
+    for i in range(40):
+        with data.seeded(i):
+            out = colours({"image": painted, "depth": depth})
+        assert out["depth"] is depth and out["image"].dtype == torch.uint8
+        assert 255 * low - 1 < out["image"].min() and out["image"].max() < 255 * high + 1
+        changed += not torch.equal(out["image"], painted)
+    assert 10 < changed < 30
+
+
+def test_depth_samples():
+    """Functions of (seed, epoch, index); validation as it is; --overfit: both, and the same."""
+    train, val = data.open_depth("toyworld:3", 48, 64, seed=1)
+    a, b, c = train[(0, 1)], train[(0, 1)], train[(1, 1)]
+    assert a["image"].shape == (3, 48, 64) and a["depth"].shape == (48, 64)
+    assert torch.equal(a["image"], b["image"]) and torch.equal(a["depth"], b["depth"])
+    assert not torch.equal(a["image"], c["image"])
+    assert val[(0, 1)]["image"].shape == (3, 64, 64)
+    assert torch.equal(val[(0, 1)]["depth"], val.source[1]["depth"])
+    train, val = data.open_depth("toyworld:3", 48, 64, overfit=True)
+    for k in ("image", "depth"):
+        assert torch.equal(train[(4, 2)][k], val[(0, 2)][k])
+        assert torch.equal(val[(0, 2)][k], train.source[2][k])
+
+
+def test_depth_truth_has_no_error():
+    """The truth as prediction scores 0, in Eigen's window too, which has the published corners."""
+    metric = metrics.DepthErrors(1e-3, 10)
+    for sample in data.ToyWorld("train", 3, 64, keys=["depth"]).samples:
+        metric.update(sample["depth"].numpy(), sample["depth"].numpy())
+    errors = metric.result()
+    assert all(errors[k] == 0 for k in ("REL", "RMSE", "log10", "SILog")), errors
+    assert all(errors[f"delta{k}"] == 1 for k in (1, 2, 3)) and errors["images"] == 3
+    args = args_for(finetune_depth, "--eigen-crop")
+    window = finetune_depth.graded((480, 640), args)
+    rows, columns = window.nonzero()
+    assert window.sum() == 426 * 560 and rows.min() == 45 and columns.min() == 41
+    assert rows.max() == 470 and columns.max() == 600
+    with raises(InputError, "--eigen-crop", "64 x 48"):
+        finetune_depth.graded((64, 48), args)
+    assert finetune_depth.graded((3, 5), args_for(finetune_depth)).sum() == 15
+
+
+def test_depth_pictures():
+    """Invalid is black, near is lighter than far, and what is off the scale is its end."""
+    depth = torch.tensor([[0.0, 1, 2, 3, 4, 9]])
+    picture = draw.depth_map(depth, 1, 4)
+    assert picture.shape == (3, 1, 6) and picture.dtype == torch.uint8
+    light = picture.sum(0)[0].tolist()
+    assert light[0] == 0 and light[1] > light[2] > light[3] > light[4] == light[5] > 0
+    assert draw.depth_range(depth) == (1, 9) and draw.depth_range(0 * depth) == (0, 0)
+    assert not draw.depth_map(0 * depth, 0, 0).any()
+
+
+def test_one_cycle_is_torchs():
+    for total in (1, 2, 3, 4, 10, 320, 1001):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total, pct_start=0.3,
+                                                       div_factor=25, final_div_factor=100)
+        for step in range(total):
+            assert abs(training.one_cycle(step, total) - schedule.get_last_lr()[0]) < 1e-9
+            if step + 1 < total:
+                optimizer.step()
+                schedule.step()
+
+
+def test_depth_loop_does_what_it_says():
+    """finetune_depth.py with two micro-steps against training written out by hand."""
+    with folder() as at, quiet():
+        args = args_for(finetune_depth, "--data", "toyworld:4", "--batch-size", 2, "--accumulate",
+                        2, "--workers", 0, "--steps", 4, "--clip", 0.5, "--query-lr", 50,
+                        "--backbone-lr", 0.1, "--lr", 1e-3, "--init", at / "pre.pt",
+                        "--out", at / "d")
+        torch.manual_seed(1)
+        torch.save({"model": noisy(Pretrainer(TINY)).state_dict(), "config": {}}, at / "pre.pt")
+        found = finetune_depth.main(args)
+        torch.manual_seed(0)
+        net = DepthEstimator(TINY, args.queries, 1e-3, 10.0)
+        state = training.Run(torch.device("cpu"))
+        checkpoints.load_parts(net.glid, at / "pre.pt", checkpoints.PARTS, state)
+        groups = training.param_groups(net, 0.01, [("offsets", 50.0), ("backbone", 0.1)])
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+        train, val = data.open_depth("toyworld:4", 64, 64)
+        order = iter(training.Batches(4, args, state, 0, 4))
+        # peak after 0.2 steps; then half a cosine over 2.8 steps to 1 / 2500
+        for step in range(4):
+            low = 1 / 2500
+            scale = 0.04 if step == 0 else \
+                low + (1 - low) * (1 + math.cos(math.pi * (step - 0.2) / 2.8)) / 2
+            training.set_lr(optimizer, 1e-3 * scale)
+            for _ in range(2):
+                images, tokens, targets = data.collate(TINY, [train[i] for i in next(order)])
+                depth = net(M.normalize(images), tokens)
+                (finetune_depth.depth_loss(depth, targets, 2) / 2).backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.save({"model": net.state_dict()}, at / "hand.pt")
+        assert weights_differ(at / "d/last.pt", at / "hand.pt") < 2e-4
+        assert weights_differ(at / "d/last.pt", at / "d/best.pt") == 0
+        # REL of 4 images, image by image, from predictions at their own size
+        rel = []
+        for i in range(4):
+            images, tokens, targets = data.collate(TINY, [val[(0, i)]])
+            truth = targets[0]["depth"]
+            guess = finetune_depth.predict(net.eval(), images, tokens, [truth.shape], state)[0]
+            valid = (truth > 1e-3) & (truth < 10)
+            rel.append(((guess - truth).abs() / truth)[valid].mean().item())
+        assert abs(found["REL"] - np.mean(rel)) < 1e-3
+        args.eval = True
+        again = finetune_depth.main(args)
+        assert again == found and again["step"] == 4
+
+
+def test_depth_keeps_the_lowest_error():
+    """best.pt is the checkpoint with the lowest REL, whatever came after it."""
+    with folder() as at, quiet():
+        args, state = args_for(finetune_depth, "--out", at), training.Run(torch.device("cpu"))
+        net, kept, best = depth_net(), [], None
+        real = finetune_depth.evaluate, checkpoints.keep
+        checkpoints.keep = lambda *a: kept.append((a[4], a[5]["REL"], a[6]))
+        log = training.Log(args, state, 0)
+        try:
+            for step, rel in ((1, 0.3), (2, 0.2), (3, 0.4)):
+                finetune_depth.evaluate = lambda *a, rel=rel: {"REL": rel, "RMSE": 1.0}
+                best = finetune_depth.conclude(net, None, args, state, step, best, None, log)
+        finally:
+            finetune_depth.evaluate, checkpoints.keep = real
+        assert kept == [(1, 0.3, True), (2, 0.2, True), (3, 0.2, False)]
+
+
+def test_depth_wrong_input():
+    with folder() as at, quiet():
+        for flags, word in ((["--min-depth", 9, "--max-depth", 8], "--min-depth"),
+                            (["--eigen-crop", "--init", "no.pt"], "--eigen-crop"),
+                            (["--min-depth", 11, "--max-depth", 12, "--steps", 1], "--max-depth"),
+                            (["--data", at], "toyworld")):
+            flags = ["--data", "toyworld:2", "--batch-size", 2, "--workers", 0, "--out", at, *flags]
+            with raises(InputError, word):
+                finetune_depth.main(args_for(finetune_depth, *flags))
+        paper = training.parse(finetune_depth.flags(), finetune_depth.PRESETS, ["--data", "x"])
+        assert (paper.steps, paper.batch_size, paper.queries, paper.lr) == (38_400, 2, 64, 1e-4)
+        assert (paper.crop, paper.weight_decay, paper.clip) == ([416, 544], 0.01, 35)
+
+
+# -----------------------------------------------------------------------------
 # Schedules, optimiser, checkpoints
 
 
@@ -1468,17 +1795,17 @@ def test_resume_is_exact():
         assert (at / "whole/log.jsonl").read_text() == (at / "killed/log.jsonl").read_text()
 
 
-# every fine-tuning script: flags that keep it small, what --eval prints first, its metric
+# every fine-tuning script, with flags that keep it small
 FINETUNING = {
-    "finetune_seg": (["--points", 64], "mIoU", "mIoU"),
-    "finetune_det": (["--queries", 12, "--many-queries", 24], "box AP", "AP"),
+    finetune_seg: ["--points", 64],
+    finetune_det: ["--queries", 12, "--many-queries", 24],
+    finetune_depth: [],
 }
 
 
 def test_finetuning_resumes_exactly():
     """The same for every fine-tuning, stopped after 3 of 6 steps; some sample random points."""
-    for name, (small, *_) in FINETUNING.items():
-        script = globals()[name]
+    for script, small in FINETUNING.items():
         with folder() as at, quiet():
             flags = [*TOY, *small, "--steps", 6, "--eval-every", 3, "--drop-path", 0.2]
             script.main(args_for(script, *flags, "--out", at / "whole"))
@@ -1497,7 +1824,8 @@ def test_finetuning_resumes_exactly():
                 checkpoints.keep = real
             part.resume = True
             script.main(part)
-            assert differences(at / "whole/last.pt", at / "part/last.pt") == 0, name
+            assert differences(at / "whole/last.pt", at / "part/last.pt") == 0, script
+            assert (at / "whole/log.jsonl").read_text() == (at / "part/log.jsonl").read_text()
 
 
 def test_two_processes_train_as_one():
@@ -1525,17 +1853,19 @@ def weights_differ(a, b):
 
 
 def test_two_processes_evaluate_as_one():
-    """The metric of 7 images on 2 processes, which 7 does not divide, equals that on one."""
-    for name, (small, words, metric) in FINETUNING.items():
-        script = globals()[name]
+    """What --eval prints of 7 images on 2 processes, which 7 does not divide, it prints on one:
+    all metrics, and the number of images."""
+    for script, small in FINETUNING.items():
         with folder() as at:
             flags = ["--data", "toyworld:7", "--workers", 0, "--batch-size", 2, *small, "--out", at]
             with quiet():
                 script.main(args_for(script, *flags, "--steps", 3))
-                one = script.main(args_for(script, *flags, "--eval"))[metric]
-            output = finish(launch(name + ".py", *flags, "--eval", processes=2))
-            line = next(x for x in output.splitlines() if x.startswith(words))
-            assert line.startswith(f"{words} {100 * one:.2f} of 7 images"), line
+            with contextlib.redirect_stdout(io.StringIO()) as one, \
+                    contextlib.redirect_stderr(io.StringIO()):
+                script.main(args_for(script, *flags, "--eval"))
+            answer = one.getvalue().splitlines()[-1]
+            output = finish(launch(script.__name__ + ".py", *flags, "--eval", processes=2))
+            assert "of 7 images" in answer and answer in output.splitlines(), (answer, output)
 
 
 # -----------------------------------------------------------------------------

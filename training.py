@@ -379,6 +379,19 @@ def multistep(step, total, milestones, factor=0.1):
     return factor ** sum(step >= m * total for m in milestones)
 
 
+def one_cycle(step, total, rise=0.3, start=25, end=100):
+    """1/start up to 1 within the first `rise` of the steps, down to 1/(start * end), half cosines.
+
+    PyTorch's and mmcv's OneCycle, in both of which `end` (final_div_factor) divides the initial
+    rate, not the peak. Adam's momentum stays as it is: BinsFormer does not cycle it.
+    """
+    peak = rise * total - 1                                 # step of the highest rate
+    if step < peak:
+        return 1 + (1 / start - 1) * 0.5 * (1 + math.cos(math.pi * step / peak))
+    low = 1 / (start * end)
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * (step - peak) / (total - 1 - peak)))
+
+
 def set_lr(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]

@@ -1,0 +1,222 @@
+"""
+Stage 2: depth from one photo with the whole pre-trained GLID; M queries ask for M bins of depth.
+
+    python finetune_depth.py --preset tiny --init out/pretrain/best.pt      with pre-training
+    python finetune_depth.py --preset tiny --out out/scratch                from scratch
+    python finetune_depth.py --preset tiny --data toyworld:8 --batch-size 8 --overfit --out out/fit
+Defaults are the paper's recipe (38.4 k steps of 16 images, 64 queries, 8 processes):
+    torchrun --nproc_per_node=8 finetune_depth.py --data toyworld --init out/base/best.pt
+ToyWorld is the only data set with depth so far.
+
+Loss, augmentation, schedule and test are BinsFormer's. Without its losses on inner layers and its
+scene classifier: the paper names one loss, the scale-invariant one. OUT holds last.pt, best.pt (by
+relative error), log.jsonl and samples/*.png: photo, truth, prediction, black = no measurement.
+"""
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoints
+import draw
+import training
+from data import InputError, collate, open_depth
+from inference import at_original
+from losses import silog_loss
+from metrics import DepthErrors
+from model import DepthEstimator, normalize
+
+PRESETS = {
+    # two CPU cores, about a minute. The e_i need no speed: Eq. 5 gives each query another depth, so
+    # that they come apart by themselves
+    "tiny": dict(data="toyworld", steps=320, crop=[64, 64], batch_size=16, queries=32, lr=1e-3,
+                 drop_path=0.0, workers=1, eval_every=80),
+    "small": dict(drop_path=0.1),
+}
+REPORTED = ("REL", "RMSE", "log10", "delta1", "delta2", "delta3")
+
+
+def flags():
+    """The command line; defaults are BinsFormer's recipe for NYU Depth v2."""
+    parser = training.Parser(__doc__)
+    training.add_flags(parser)
+    training.add_finetune_flags(parser)
+    add, positive, rate = parser.add_argument, training.POSITIVE, training.RATE
+    add("--crop", type=positive, nargs=2, default=[416, 544], metavar=("HEIGHT", "WIDTH"),
+        help="training crop, px; at test the network sees whole photos")
+    add("--queries", type=positive, default=64, help="M, the number of bins [paper]")
+    add("--min-depth", type=rate, default=1e-3, help="metres: where the first bin begins")
+    add("--max-depth", type=rate, default=10.0, help="metres: where the last bin ends")
+    add("--eigen-crop", action="store_true", help="grade NYU's usual window of 480 x 640 photos")
+    add("--weight-decay", type=training.number(float, 0), default=0.01)
+    add("--clip", type=rate, default=35.0, help="gradient norm; BinsFormer's")
+    add("--eval-every", type=positive, default=1600, help="steps between evaluations")
+    parser.set_defaults(batch_size=2, out="out/depth", steps=38_400, lr=1e-4, backbone_lr=1.0,
+                        drop_path=0.3)
+    return parser
+
+
+def depth_loss(depth, targets, patch):
+    """SILog of depth [B, h, w], a padded canvas, with the truths [H_b, W_b], at their full size.
+
+    Image by image, as at test, so that an image gets what it gets alone: with aligned corners the
+    padding of a canvas would move every pixel of it.
+    """
+    truths = [t["depth"] for t in targets]
+    found = [at_original(d[None], t.shape, patch, t.shape, align_corners=True)
+             for d, t in zip(depth, truths)]
+    return silog_loss(*(torch.cat([x.flatten() for x in xs]) for xs in (found, truths)))
+
+
+@torch.no_grad()
+def predict(model, images, layout, originals, state, mirror=True):
+    """uint8 images [B, 3, H, W] -> list of depth maps [H0, W0] in metres at the original sizes; the
+    mean of what the model says about the photo and, with mirror, about its mirror image."""
+    sizes, patch = layout.sizes.tolist(), model.glid.config.patch
+    layout = layout.to(state.device)
+
+    def answers(batch):
+        with state.autocast():
+            depth = model(normalize(batch.to(state.device)), layout)
+        # already within --min-depth .. --max-depth, as all bins are: nothing to clamp
+        return [at_original(d[None], size, patch, original, align_corners=True)[0].cpu()
+                for d, size, original in zip(depth, sizes, originals)]
+
+    found = answers(images)
+    if mirror:
+        mirrored = images.clone()
+        for image, (h, w) in zip(mirrored, sizes):          # within its own size: padding stays
+            image[:, :h, :w] = image[:, :h, :w].flip(2)
+        found = [(a + b.flip(1)) / 2 for a, b in zip(found, answers(mirrored))]
+    return found
+
+
+def graded(shape, args):
+    """Which pixels count besides having a truth: all, or Eigen's window. bool [H, W]."""
+    if not args.eigen_crop:
+        return np.ones(shape, bool)
+    if tuple(shape) != (480, 640):
+        raise InputError(f"--eigen-crop is for depth maps of 480 x 640, as NYU's; this one has "
+                         f"{shape[0]} x {shape[1]}; leave the flag out")
+    window = np.zeros(shape, bool)
+    window[45:471, 41:601] = True
+    return window
+
+
+def evaluate(model, dataset, args, state, path=None):
+    """Depth errors over the validation set, every image once on one process; picture of the first.
+
+    Returns the dict of REPORTED, each the mean of the images' own values, and their number.
+    """
+    model.eval()
+    metric, rows = DepthErrors(args.min_depth, args.max_depth), []
+    batches = training.share(len(dataset), args, state)
+    for images, layout, targets in training.loader(dataset, batches, collate, model.glid.config,
+                                                   args, state):
+        truths, sizes = [t["depth"] for t in targets], layout.sizes.tolist()
+        # --overfit augments nothing, here as little as in training: mirror images were never seen
+        found = predict(model, images, layout, [t.shape for t in truths], state, not args.overfit)
+        for image, size, truth, guess in zip(images, sizes, truths, found):
+            metric.update(guess.numpy(), truth.numpy(), graded(truth.shape, args))
+            if len(rows) < 8:
+                low, high = draw.depth_range(truth)         # one scale for truth and prediction
+                rows.append(draw.beside(image[:, :size[0], :size[1]], truth.shape,
+                                        draw.depth_map(truth, low, high),
+                                        draw.depth_map(guess, low, high)))
+    model.train()
+    if path and state.rank == 0:
+        draw.save_picture(rows, path)
+    errors = state.merged(metric).result()
+    if not errors["images"]:
+        raise InputError(f"--data {args.data}: no validation image has a pixel with a depth between"
+                         f" --min-depth {args.min_depth} and --max-depth {args.max_depth} metres")
+    return {name: errors[name] for name in (*REPORTED, "images")}
+
+
+def build(args, state):
+    """The model with its inherited parts; the head and the e_i are always new."""
+    if args.min_depth >= args.max_depth:
+        raise InputError(f"--min-depth {args.min_depth}: must be below --max-depth "
+                         f"{args.max_depth}")
+    torch.manual_seed(args.seed)
+    model = DepthEstimator(training.model_config(args), args.queries, args.min_depth,
+                           args.max_depth)
+    checkpoints.inherit(model.glid, args, state)
+    return model.to(state.device)
+
+
+def words(errors):
+    return ", ".join(f"{name} {errors[name]:.4f}" for name in REPORTED)
+
+
+def conclude(model, val, args, state, step, best, optimizer, log):
+    """Evaluate, draw, save. Returns the errors of the best checkpoint so far, lowest REL first."""
+    path = Path(args.out, "samples", f"{step:06d}.png")
+    errors = evaluate(model, val, args, state, path)
+    log.write(step=step, **errors)
+    is_best = best is None or errors["REL"] < best["REL"]
+    best = errors if is_best else best
+    checkpoints.keep(args, model, optimizer, state, step, best, is_best)
+    return best
+
+
+def main(args):
+    """Train; returns the errors of the best checkpoint, see evaluate, and "step"."""
+    state = training.start(args)
+    train, val = open_depth(args.data, *args.crop, args.data_fraction, args.seed, args.overfit)
+    graded(val[(0, 0)]["depth"].shape, args)            # complain before the training, not after
+    model = build(args, state)
+    scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
+    optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
+                                  fused=True)
+    step, best = checkpoints.resume(args, model, optimizer, state)
+    if args.eval or step >= args.steps:
+        errors = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))
+        state.say(f"{words(errors)} of {errors['images']} images, step {step}")
+        return errors | {"step": step}
+    training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
+    total_batch = args.batch_size * state.world * args.accumulate
+    training.describe(state, model, train, val, total_batch, args.steps, args.lr)
+
+    training.compile_model(model, args)
+    ddp = state.wrap(model)
+    batches = training.Batches(len(train), args, state, step, args.steps)
+    loader = training.Timed(training.loader(train, batches, collate, model.glid.config, args,
+                                            state))
+    log = training.Log(args, state, step)
+    bar = training.Progress(step, args.steps, "depth", loader, state, total_batch)
+    model.train()
+    while step < args.steps:
+        torch.manual_seed(training.mix(args.seed, step, state.rank))    # drop path
+        lr = args.lr * training.one_cycle(step, args.steps)
+        training.set_lr(optimizer, lr)
+        for micro in range(args.accumulate):
+            images, layout, targets = state.fetch(loader)
+            with state.no_sync(ddp, last=micro + 1 == args.accumulate):
+                with state.autocast():
+                    depth = ddp(images, layout)
+                # mean and variance of g are those of this process's images alone: the gradients
+                # that n processes average are not those of one with n times the batch (BinsFormer)
+                loss = depth_loss(depth, targets, model.glid.config.patch) / args.accumulate
+                loss.backward()
+            bar.add(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+
+        ends = step % args.eval_every == 0 or step == args.steps
+        saves = step % args.save_every == 0
+        if ends or saves or step % 20 == 0:
+            log.write(step=step, loss=bar.report(step), lr=lr)
+        if ends:
+            best = conclude(model, val, args, state, step, best, optimizer, log)
+        elif saves:
+            checkpoints.keep(args, model, optimizer, state, step, best)
+    bar.close()
+    state.say(f"best of {step} steps: {words(best)}; {args.out}/samples/{step:06d}.png")
+    return best | {"step": step}
+
+
+if __name__ == "__main__":
+    training.run(main, training.parse(flags(), PRESETS))
