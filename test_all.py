@@ -1411,7 +1411,8 @@ class Oracle:
 def test_truth_as_answer_is_perfect():
     """Fed with the truth, inference and metrics give exactly 1, for every task; with the things
     taken for each other they do not, and only the stuff stays perfect."""
-    dataset = data.open_segmentation("toyworld:12", 64, tasks=ALL_TASKS, overfit=True)[1]
+    train, dataset = data.open_segmentation("toyworld:12", 64, tasks=ALL_TASKS, overfit=True)
+    assert torch.equal(train[(3, 2)]["image"], dataset[(0, 2)]["image"])    # --overfit: unchanged
     args = args_for(finetune_seg, "--tasks", ",".join(ALL_TASKS), "--batch-size", 5, "--workers", 0)
     state = training.Run(torch.device("cpu"))
     found = finetune_seg.evaluate(Oracle(dataset), dataset, args, state)
@@ -1685,19 +1686,22 @@ def weights_differ(a, b):
     return max((a[k] - b[k]).abs().max().item() for k in a if not k.endswith("k.bias"))
 
 
-def test_two_processes_evaluate_as_one():
-    """mIoU, AP and PQ of 7 images on 2 processes, which 7 does not divide, equal those on one."""
+def test_two_processes_train_tasks_and_evaluate_as_one():
+    """Two processes with one image each: every step lacks a task, every process two of three. And
+    mIoU, AP and PQ of 7 images, which 2 does not divide, equal those of one process."""
     with folder() as at:
-        flags = ["--data", "toyworld:7", "--workers", 0, "--overfit", "--out", at, "--tasks",
-                 "semantic,instance,panoptic", "--object-threshold", 0]
+        flags = ["--data", "toyworld:7", "--workers", 0, "--overfit", "--points", 64, "--out", at,
+                 "--tasks", "semantic,instance,panoptic", "--object-threshold", 0.1]
+        more = [*flags, "--batch-size", 1, "--steps", 28, "--resume"]
         with quiet():
-            train = [*flags, "--batch-size", 7, "--steps", 25, "--points", 64]
-            finetune_seg.main(args_for(finetune_seg, *train))
-            one = finetune_seg.main(args_for(finetune_seg, *flags, "--eval"))
-        assert min(one["mIoU"], one["AP"], one["PQ"]) > 1e-3, "nothing to compare"
-        output = finish(launch("finetune_seg.py", *flags, "--batch-size", 2, "--eval", processes=2))
-        line = next(x for x in output.splitlines() if x.startswith("mIoU"))
-        assert line.startswith(f"{finetune_seg.words(one)} of 7 images"), line
+            finetune_seg.main(args_for(finetune_seg, *flags, "--batch-size", 7, "--steps", 25))
+        finish(launch("finetune_seg.py", *more, processes=2))
+        two = json.loads((at / "log.jsonl").read_text().splitlines()[-1])
+        with quiet():
+            one = finetune_seg.main(args_for(finetune_seg, *more))
+        assert one["step"] == two["step"] == 28
+        for name in ("mIoU", "AP", "PQ"):
+            assert one[name] > 1e-3 and abs(one[name] - two[name]) < 2e-6, (name, one, two)
 
 
 # -----------------------------------------------------------------------------
