@@ -3,12 +3,14 @@ How fast are our parts? Each is timed in one run, in turn with its reference, so
 whose speed drifts favours nobody. A ratio is the median over the rounds.
 
     python bench.py encoder step             against torchvision's dense Swin of the same sizes
+    python bench.py losses                   detection's matching and losses against its network
     python bench.py encoder step --json      the ratios as one line of JSON
 
-Forward + backward in training mode, Swin-B, window 6, 192 px, batch 8, 75 % hidden, fp32 on CPU,
-bf16 autocast on GPUs that have it. The floor by arithmetic (multiply-adds over the dense encoder's)
-is 0.27 for the encoder that sees a quarter and 0.37 for the whole pre-training step; seconds can
-fall below it, because the dense encoder also spends time on what is not a multiply-add.
+encoder, step: forward + backward in training mode, Swin-B, window 6, 192 px, batch 8, 75 % hidden,
+fp32 on CPU, bf16 autocast on GPUs that have it. The floor by arithmetic (multiply-adds over the
+dense encoder's) is 0.27 for the encoder that sees a quarter and 0.37 for the whole pre-training
+step; seconds can fall below it, because the dense encoder also spends time on what is not a
+multiply-add.
 """
 import argparse
 import json
@@ -22,12 +24,14 @@ import torch
 from torchvision.models.swin_transformer import SwinTransformer
 
 from data import hidden_units, seeded
-from layout import Layout
+from finetune_det import group_losses
+from layout import Layout, whole
 from losses import reconstruction_loss
-from model import PRESETS, Config, Pretrainer
+from model import PRESETS, Config, Detector, Pretrainer
 from training import autocast_dtype, pick_device
 
-NEEDS = {"encoder": ["visible", "all_visible"], "step": ["step"]}      # besides "dense"
+# what a part times besides "dense"
+NEEDS = {"encoder": ["visible", "all_visible"], "step": ["step"], "losses": []}
 
 
 def contestants(config, device):
@@ -78,6 +82,40 @@ def contestants(config, device):
     return {name: runner(loss) for name, loss in losses.items()}
 
 
+def losses_share(config, device, images=16, objects=20, kinds=80, size=640):
+    """Seconds of detection's matching + losses, with their gradients, for a batch with both groups
+    of queries, all layers; of the network's forward + backward for it, one image at a time (the
+    whole batch would not fit most memories); and their ratio."""
+    net, dtype = Detector(config, kinds).to(device), autocast_dtype(device)
+    photo = torch.randn(1, 3, size, size, device=device)
+    shape = config.decoder_layers, images, sum(net.groups)
+    logits = torch.randn(*shape, kinds, device=device, requires_grad=True)
+    boxes = torch.rand(*shape, 4, device=device).requires_grad_()
+    targets = [{"labels": torch.randint(kinds, (objects,), device=device),
+                "boxes": torch.rand(objects, 4, device=device) / 2 + 0.1} for _ in range(images)]
+
+    def network():
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            answers = net(photo, whole(config, photo).to(device), train=True)
+        sum(x.float().square().mean() for x in answers).backward()
+
+    def matching_and_losses():
+        flags = argparse.Namespace(queries=net.groups[0], many_queries=net.groups[1], repeats=6)
+        group_losses(logits, boxes, targets, images * objects, flags).backward()
+
+    def seconds(work, rounds=3):
+        work()                                          # warm up
+        begun = time.perf_counter()
+        for _ in range(rounds):
+            work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begun) / rounds
+    lost, step = seconds(matching_and_losses), images * seconds(network)
+    return {"losses_seconds": round(lost, 3), "network_seconds": round(step, 3),
+            "losses_over_network": round(lost / step, 4)}
+
+
 def peak_memory(name, config, batch):
     """Bytes that forward + backward needs beyond weights and gradients; for a fresh process."""
     device = pick_device()
@@ -100,9 +138,8 @@ def resident(field):
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def main(args):
-    """Time, measure memory, print; returns {"<part>_over_dense": ratio}."""
-    device, config = pick_device(), Config(**PRESETS[args.preset])
+def against_dense(args, config, device):
+    """Time the parts in turn with torchvision's Swin and print; {"<name>_over_dense": ratio}."""
     names = ["dense"] + [n for part in args.parts for n in NEEDS[part]]
     runs = contestants(config, device)
     seconds = {name: [] for name in names}
@@ -116,25 +153,45 @@ def main(args):
     result = {f"{n}_over_dense": round(statistics.median(
         a / b for a, b in zip(seconds[n], seconds["dense"])), 3) for n in names[1:]}
     if not args.json:
-        where = torch.cuda.get_device_name() if device.type == "cuda" else \
-            f"CPU, {torch.get_num_threads()} threads"
-        print(f"{where}, torch {torch.__version__}, preset {args.preset}, batch {args.batch_size}")
         for n in names:
             low, high = min(seconds[n]), max(seconds[n])
             print(f"{n:12} {statistics.median(seconds[n]):7.3f} s ({low:.3f} to {high:.3f})  "
                   f"{result.get(n + '_over_dense', 1):.3f} of dense")
+    return result
+
+
+def memory_against_dense(args):
+    """Peak memory of a quarter-visible encoder and of the dense one, each in its own process."""
+    memory = {}
+    for name in ("dense", "visible"):
+        flags = [f"--batch-size={args.batch_size}", f"--preset={args.preset}"]
+        out = subprocess.run([sys.executable, __file__, f"--memory-of={name}", *flags],
+                             capture_output=True, text=True, check=True).stdout
+        memory[name] = int(out)
+    ratio = round(memory["visible"] / memory["dense"], 3)
+    if not args.json:
+        print("peak memory beyond weights and gradients: "
+              + ", ".join(f"{n} {b / 2**20:.0f} MiB" for n, b in memory.items())
+              + f", ratio {ratio}")
+    return {"memory_visible_over_dense": ratio}
+
+
+def main(args):
+    """Time, measure memory, print; returns the ratios by name."""
+    device, config, result = pick_device(), Config(**PRESETS[args.preset]), {}
+    if not args.json:
+        where = torch.cuda.get_device_name() if device.type == "cuda" else \
+            f"CPU, {torch.get_num_threads()} threads"
+        print(f"{where}, torch {torch.__version__}, preset {args.preset}, batch {args.batch_size}")
+    if set(args.parts) & {"encoder", "step"}:
+        result |= against_dense(args, config, device)
     if "encoder" in args.parts:
-        memory = {}
-        for name in ("dense", "visible"):
-            flags = [f"--batch-size={args.batch_size}", f"--preset={args.preset}"]
-            out = subprocess.run([sys.executable, __file__, f"--memory-of={name}", *flags],
-                                 capture_output=True, text=True, check=True).stdout
-            memory[name] = int(out)
-        result["memory_visible_over_dense"] = round(memory["visible"] / memory["dense"], 3)
+        result |= memory_against_dense(args)
+    if "losses" in args.parts:
+        result |= (share := losses_share(config, device))
         if not args.json:
-            print("peak memory beyond weights and gradients: "
-                  + ", ".join(f"{n} {b / 2**20:.0f} MiB" for n, b in memory.items())
-                  + f", ratio {result['memory_visible_over_dense']}")
+            print("detection, 16 images of 640 px, 20 objects each: {:.2f} s of matching and losses"
+                  ", {:.1f} s of network, ratio {:.4f}".format(*share.values()))
     if args.json:
         print(json.dumps(result))
     return result
@@ -143,7 +200,7 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="encoder, step; both by default")
+    parser.add_argument("parts", nargs="*", help="encoder, step, losses; all by default")
     parser.add_argument("--json", action="store_true", help="print only one line of JSON")
     parser.add_argument("--preset", choices=PRESETS, default="base")
     parser.add_argument("--batch-size", type=int, default=8)

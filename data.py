@@ -364,6 +364,83 @@ def open_segmentation(path, size, fraction=1.0, seed=0, tasks=("semantic",), ove
             for s, train in zip(sources, (True, False))]
 
 
+# -----------------------------------------------------------------------------
+# Detection
+
+
+class CropBetween:
+    """Random crop whose sides are drawn from low..high px, or less where the photo is smaller."""
+
+    def __init__(self, low, high):
+        self.low, self.high = low, high
+
+    def __call__(self, sample):
+        sides = [int(torch.randint(min(self.low, n), min(self.high, n) + 1, ()))
+                 for n in sample["image"].shape[-2:]]
+        return CropToFit(*sides)(sample)
+
+
+def detection_transform(augment, size):
+    """DETR's multi-scale recipe, all in proportion to `size` (800 px: the shortest side at test,
+    the longest at most 1333): flip; shortest side 480..800; half of the time a crop of 384..600 px
+    from the photo at 400, 500 or 600 before."""
+    longest = size * 1333 // 800
+    if not augment:
+        return v2.RandomShortestSize([size], longest, antialias=True)
+    scales = [size * s // 800 for s in range(480, 801, 32)]
+    crop = [v2.RandomShortestSize([size * s // 800 for s in (400, 500, 600)], antialias=True),
+            CropBetween(size * 384 // 800, size * 600 // 800)]
+    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomApply(crop),
+                       v2.RandomShortestSize(scales, longest, antialias=True)])
+
+
+class Detection:
+    """(epoch, index) -> dict for collate().
+
+    Training: image uint8 [3, H, W], labels int64 [N], boxes float [N, 4] = centre x, y, width,
+              height in 0..1 of the image; no crowds, and no boxes that a crop left without area.
+    Test:     image as the network gets it; size int64 [2], height and width of the photo; index;
+              labels; boxes x1 y1 x2 y2 in the photo's pixels; area and iscrowd if known.
+    """
+
+    def __init__(self, source, train, augment, size, seed):
+        self.source, self.train, self.seed = source, train, seed
+        self.classes = source.classes
+        self.transform = detection_transform(augment, size)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, at):
+        epoch, index = at
+        sample = self.source[index]
+        if not self.train:
+            size = torch.tensor(sample["image"].shape[-2:])
+            return sample | {"image": self.transform(sample["image"]), "size": size,
+                             "index": torch.tensor(index)}
+        with seeded(self.seed, epoch, index):
+            sample = self.transform(sample)
+        height, width = sample["image"].shape[-2:]
+        boxes = sample["boxes"].as_subclass(torch.Tensor)
+        boxes = boxes / torch.tensor([width, height, width, height])
+        boxes = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
+        keep = (boxes[:, 2:] > 0).all(1)
+        if "iscrowd" in sample:
+            keep &= ~sample["iscrowd"].bool()
+        return {"image": sample["image"], "labels": sample["classes"][keep], "boxes": boxes[keep]}
+
+
+def open_detection(path, size, fraction=1.0, overfit=False, seed=0):
+    """(training set, validation set) for object detection; see open_sources."""
+    sources = open_sources(path, size, ["boxes", "classes"], fraction, overfit)
+    return [Detection(s, train, train and not overfit, size, seed)
+            for s, train in zip(sources, (True, False))]
+
+
+# -----------------------------------------------------------------------------
+# Batches
+
+
 def collate_pretraining(config, samples):
     """Samples of Pretraining -> images uint8 [B, 3, S, S] and their Layout."""
     images, hidden = (torch.stack(x) for x in zip(*samples))

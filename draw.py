@@ -5,16 +5,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.utils import draw_bounding_boxes
 
 from data import IGNORE
 
 
-def save_picture(rows, path, at_least=480):
-    """Stack pictures [3, H, W] of unequal sizes into one PNG, small ones enlarged."""
+def save_picture(rows, path, room=480):
+    """Stack pictures [3, H, W] of unequal sizes into one PNG, enlarged while `room` px allow."""
     width = max(r.shape[2] for r in rows)
     canvas = torch.cat([F.pad(r, (0, width - r.shape[2])) for r in rows], 1)
     picture = Image.fromarray(canvas.permute(1, 2, 0).numpy())
-    zoom = max(1, at_least // picture.width)
+    zoom = max(1, room // picture.width)
     picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST).save(path)
 
 
@@ -36,6 +37,16 @@ def palette(count=256):
 def label_map(labels):
     """Class map uint8 [H, W] -> colours uint8 [3, H, W]."""
     return palette()[labels.long()].permute(2, 0, 1)
+
+
+def boxed(image, boxes, labels):
+    """Boxes float [N, 4] x1 y1 x2 y2 over the photo uint8 [3, H, W], coloured by label."""
+    if not len(boxes):
+        return image
+    colours = [tuple(c) for c in palette()[labels % IGNORE].tolist()]
+    edges = torch.stack([boxes[:, :2], boxes[:, 2:] - 1], 1).round()        # the last pixel inside
+    edges = torch.stack([edges.amin(1), edges.amax(1)], 1).flatten(1)
+    return draw_bounding_boxes(image, edges, colors=colours, width=1 + min(image.shape[1:]) // 300)
 
 
 def instance_map(masks, scores=None, at_least=0.5):

@@ -4,6 +4,8 @@ From what the heads return to answers in the pixels of the original photo.
 import torch
 import torch.nn.functional as F
 
+from losses import corners
+
 PART = 2**26                    # float numbers of mask logits to hold at the original size at once
 
 
@@ -21,6 +23,21 @@ def at_original(maps, size, patch, original, align_corners=False):
     if maps.shape[2:] != torch.Size(original):
         maps = F.interpolate(maps, original, mode="bilinear", align_corners=align_corners)
     return maps[0]
+
+
+def detection_inference(class_logits, boxes, size, count=100):
+    """The best `count` of all (query, class) pairs, no suppression (H-DETR).
+
+    class_logits [Q, K]; boxes [Q, 4] = centre x, y, width, height in 0..1; size: (H0, W0) of the
+    photo. Returns scores [D] falling, labels [D], boxes [D, 4] x1 y1 x2 y2 in the photo's pixels.
+    """
+    scores, at = class_logits.float().sigmoid().flatten().sort(descending=True, stable=True)
+    scores, at = scores[:count], at[:count]
+    query, label = at // class_logits.shape[1], at % class_logits.shape[1]
+    height, width = size
+    boxes = corners(boxes[query].float()).clamp(0, 1) * boxes.new_tensor(
+        [width, height, width, height])
+    return {"scores": scores, "labels": label, "boxes": boxes}
 
 
 def semantic_inference(class_logits, mask_logits):

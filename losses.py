@@ -7,9 +7,11 @@ there is no tie, and logs of small numbers vanish.
 Letters: L decoder layers, B images, Q queries, N objects of an image (padded to the most crowded
 image of the batch), M = matched pairs of the whole batch, K classes, P points.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
+from torchvision.ops import sigmoid_focal_loss
 
 # -----------------------------------------------------------------------------
 # Pre-training
@@ -34,12 +36,13 @@ def pad_targets(tensors, value=0):
 
 
 @torch.no_grad()
-def hungarian(cost, counts):
-    """One-to-one assignment of queries to objects, of every layer and image at once.
+def hungarian(cost, counts, repeats=1):
+    """Best assignment of queries to objects, of every layer and image, from one transfer.
 
-    cost:   dict name -> weighted float tensor [L, B, Q, N]; their sum is minimised. Named, so that
-            a non-finite term can be blamed.
-    counts: list of B ints, the real number of objects of each image (the rest of N is padding).
+    cost:    dict name -> weighted float tensor [L, B, Q, N]; their sum is minimised. Named, so that
+             a non-finite term can be blamed.
+    counts:  list of B ints, the real number of objects of each image (the rest of N is padding).
+    repeats: queries an object gets: 1, or k for H-DETR's one-to-many branch.
     Returns int64 [M] each: layer, image, query, object. The optimum is scipy's (Jonker-Volgenant);
     equal costs are decided somehow, but always the same way, which is how the identical queries of
     a fresh head (e_i = 0, Eq. 3) come apart.
@@ -50,15 +53,86 @@ def hungarian(cost, counts):
         if not term.masked_fill(~real, 0).isfinite().all():
             raise FloatingPointError(f"matching cost '{name}' is not finite: the network diverged; "
                                      "lower --lr or resume from the last checkpoint")
-    total = sum(cost.values()).cpu().numpy()                # one transfer for the whole batch
-    found = []
-    for layer in range(total.shape[0]):
-        for image, n in enumerate(counts):
-            if n:
-                query, obj = linear_sum_assignment(total[layer, image, :, :n])
-                found += [(layer, image, q, o) for q, o in zip(query, obj)]
-    found = torch.tensor(found, dtype=torch.long).reshape(-1, 4)
-    return found.to(next(iter(cost.values())).device).unbind(1)
+    total = sum(cost.values()).cpu().numpy()
+    found = [np.zeros((4, 0), np.int64)]
+    for layer, image in np.ndindex(total.shape[:2]):
+        n = counts[image]
+        query, obj = linear_sum_assignment(np.tile(total[layer, image, :, :n], repeats))
+        found.append(np.stack([np.full_like(query, layer), np.full_like(query, image), query,
+                               obj % max(1, n)]))
+    found = torch.from_numpy(np.concatenate(found, 1))      # [4, M]
+    return found.to(next(iter(cost.values())).device).unbind(0)
+
+
+# -----------------------------------------------------------------------------
+# Boxes: focal, L1 and generalised IoU, one-to-one and one-to-many (H-DETR)
+
+
+def corners(boxes):
+    """Boxes [..., 4] as centre x, y, width, height -> x1, y1, x2, y2."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def generalized_iou(a, b):
+    """GIoU = IoU - (hull - union) / hull of boxes [..., 4] x1 y1 x2 y2, broadcast: [...].
+
+    Finite for boxes of no area: what is 0 / 0 counts as 0.
+    """
+    area_a, area_b = ((x[..., 2:] - x[..., :2]).prod(-1) for x in (a, b))
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    union = area_a + area_b - shared
+    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
+    hull = (high - low).prod(-1)
+    tiny = 1e-9                             # of the unit square that boxes are fractions of
+    return shared / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+@torch.no_grad()
+def detection_cost(class_logits, boxes, labels, target_boxes):
+    """Matching cost of H-DETR, 2 focal + 5 L1 - 2 GIoU: dict of [L, B, Q, N].
+
+    class_logits [L, B, Q, K], boxes [L, B, Q, 4]; labels [B, N], target_boxes [B, N, 4]. Boxes are
+    centre x, y, width, height in 0..1 of the image.
+    """
+    layers, b, q = boxes.shape[:3]
+    # focal loss if the class is the answer, minus that if it is not
+    positive = 0.25 * (1 - class_logits.sigmoid()).square() * F.softplus(-class_logits)
+    negative = 0.75 * class_logits.sigmoid().square() * F.softplus(class_logits)
+    answer = labels[None, :, None].expand(layers, b, q, -1)
+    found, truth = boxes[:, :, :, None], target_boxes[:, None]              # [L B Q 1 4] [B 1 N 4]
+    return {"class": 2 * (positive - negative).gather(3, answer),
+            "box L1": 5 * (found - truth).abs().sum(-1),
+            "GIoU": -2 * generalized_iou(corners(found), corners(truth))}
+
+
+def detection_loss(class_logits, boxes, targets, num_objects, repeats=1):
+    """Set loss of one group of queries, summed over the decoder layers, each matched anew.
+
+    class_logits: [L, B, Q, K], one sigmoid per class.
+    boxes:        [L, B, Q, 4], centre x, y, width, height in 0..1 of the image.
+    targets:      list of B dicts, labels int64 [N_b], boxes float [N_b, 4] in the same form.
+    num_objects:  float, objects per process averaged over processes (>= 1), the normaliser.
+    repeats:      queries matched to each object; the normaliser grows with it.
+    Returns dict of scalars: class, L1, giou (unweighted) and their total with the weights 2, 5, 2.
+    Finite without objects and for boxes of no area, and every query gets a gradient.
+    """
+    class_logits, boxes = class_logits.float(), boxes.float()
+    counts = [len(t["labels"]) for t in targets]
+    labels = pad_targets([t["labels"] for t in targets])                    # [B, N]
+    truth = pad_targets([t["boxes"] for t in targets])                      # [B, N, 4]
+    layer, image, query, obj = hungarian(detection_cost(class_logits, boxes, labels, truth),
+                                         counts, repeats)
+    answer = torch.zeros_like(class_logits)
+    answer[layer, image, query, labels[image, obj]] = 1
+    normaliser = num_objects * repeats
+    focal = sigmoid_focal_loss(class_logits, answer, reduction="sum") / normaliser
+    found, truth = boxes[layer, image, query], truth[image, obj]            # [M, 4]
+    distance = (found - truth).abs().sum() / normaliser
+    giou = (1 - generalized_iou(corners(found), corners(truth))).sum() / normaliser
+    return {"loss": 2 * focal + 5 * distance + 2 * giou, "class": focal, "L1": distance,
+            "giou": giou}
 
 
 # -----------------------------------------------------------------------------

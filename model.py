@@ -14,6 +14,7 @@ Letters in the shape comments
     G  rows of window attention   S  slots in a row = window ** 2
     h  heads, d channels a head   Q  queries, K keys of an image, L decoder layers
 """
+import math
 from dataclasses import asdict, dataclass, field
 from functools import cache
 
@@ -453,6 +454,39 @@ class Pretrainer(nn.Module):
         queries = torch.cat([cls.expand(b, 1, -1), queries.view(b, -1, len(cls))], 1)
         x = self.glid.decode(queries, maps, layout)[-1]                     # [B, 1 + N, D]
         return self.head(x[:, 1:]), self.target(images, layout.hidden)
+
+
+class Detector(nn.Module):
+    """Queries -> a box and the probabilities of K classes, two linear layers.
+
+    Training runs two groups of queries that do not see each other: the one-to-one group, which is
+    all that runs at test, and a larger one-to-many group, whose only purpose is more matches to
+    learn from (H-DETR). Both share everything but their e_i.
+    """
+
+    def __init__(self, config, num_classes, one_to_one=300, one_to_many=1500):
+        super().__init__()
+        self.glid = GLID(config)
+        self.groups = [one_to_one, one_to_many]
+        self.offsets = nn.Parameter(torch.zeros(sum(self.groups), config.dim))      # e_i of Eq. 3
+        self.classify = nn.Linear(config.dim, num_classes)
+        self.box = nn.Linear(config.dim, 4)
+        self.classify.apply(_init)
+        self.box.apply(_init)
+        # at the start every class has probability 0.01 (focal loss's prior): 1800 x K answers are
+        # "no", and their sum would drown the few that are "yes"
+        nn.init.constant_(self.classify.bias, -math.log(99))
+
+    def forward(self, images, layout, train=False):
+        """-> class logits [L, B, Q, K], boxes [L, B, Q, 4] = centre x, y, width, height in 0..1 of
+        the image (not of the padded batch). train: every layer and both groups of queries."""
+        offsets, self_mask = self.offsets[:self.groups[0]], None
+        if train:
+            offsets = self.offsets
+            group = torch.arange(len(offsets), device=offsets.device) < self.groups[0]      # [Q]
+            self_mask = group[:, None] == group
+        x, _ = self.glid.ask(images, layout, offsets, self_mask, every_layer=train)
+        return self.classify(x), self.box(x).float().sigmoid()
 
 
 class MaskHead(nn.Module):

@@ -31,6 +31,7 @@ from PIL import Image
 
 import checkpoints
 import data
+import finetune_det
 import finetune_seg
 import inference
 import layout
@@ -426,8 +427,9 @@ def without_gradient(net, loss):
 
 
 def apart(net):
-    for head in net.heads.values():
-        torch.nn.init.normal_(head.offsets)
+    for name, p in net.named_parameters():
+        if name.endswith("offsets"):
+            torch.nn.init.normal_(p)
     return net
 
 
@@ -1063,6 +1065,217 @@ def test_inference_reaches_original_pixels():
 
 
 # -----------------------------------------------------------------------------
+# Detection
+
+
+def random_boxes(*shape, seed=0):
+    """Boxes inside the unit square as centre x, y, width, height, float64."""
+    low, high = torch.rand(2, *shape, 2, generator=torch.Generator().manual_seed(seed)).double()
+    return torch.cat([(low + high) / 2, (low - high).abs()], -1)
+
+
+def test_one_to_many_matching_equals_brute_force():
+    """Every object takes `repeats` different queries, at the least total cost."""
+    cost = torch.rand(1, 2, 5, 2, generator=torch.Generator().manual_seed(3))
+    _, image, query, obj = losses.hungarian({"a": cost}, [2, 1], repeats=2)
+    for b, copies in enumerate(([0, 0, 1, 1], [0, 0])):
+        best = min(sum(cost[0, b, q, o].item() for q, o in zip(order, copies))
+                   for order in itertools.permutations(range(5), len(copies)))
+        mine = image == b
+        assert sorted(obj[mine].tolist()) == copies and len(set(query[mine].tolist())) == sum(mine)
+        assert abs(cost[0, b, query[mine], obj[mine]].sum().item() - best) < 1e-5
+
+
+def test_generalized_iou():
+    """Against torchvision's; gradients against finite differences; no area, no NaN."""
+    a, b = losses.corners(random_boxes(20)), losses.corners(random_boxes(30, seed=1))
+    assert_close(losses.corners(torch.tensor([[0.5, 0.4, 0.2, 0.6]])),
+                 torch.tensor([[0.4, 0.1, 0.6, 0.7]]), 1e-6)
+    ours = losses.generalized_iou(a[:, None], b)
+    assert_close(ours, torchvision.ops.generalized_box_iou(a, b), 1e-9)
+    assert torch.autograd.gradcheck(lambda x: losses.generalized_iou(losses.corners(x), b[:20]),
+                                    random_boxes(20).requires_grad_())
+    point = torch.zeros(1, 4, requires_grad=True)
+    value = losses.generalized_iou(point, point.detach())
+    value.sum().backward()
+    assert value.item() == 0 and point.grad.isfinite().all()
+
+
+def detection_batch(counts, kinds=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [{"labels": torch.randint(kinds, (n,), generator=generator),
+             "boxes": random_boxes(n, seed=seed + i).float()} for i, n in enumerate(counts)]
+
+
+def test_detection_loss_equals_loops():
+    """Both groups' set loss against brute force over permutations, term by term, one number at a
+    time: cost, matching, focal, L1, GIoU, normaliser, the copies of one-to-many."""
+    layers, queries, kinds, generator = 2, 5, 3, torch.Generator().manual_seed(1)
+    logits = 2 * torch.randn(layers, 3, queries, kinds, generator=generator)
+    boxes, targets = random_boxes(layers, 3, queries, seed=7).float(), detection_batch((2, 0, 1))
+
+    def focal(x, positive):
+        p = 1 / (1 + math.exp(-x))
+        return -0.25 * (1 - p)**2 * math.log(p) if positive else -0.75 * p**2 * math.log(1 - p)
+
+    def terms(a, b):
+        corner = [torchvision.ops.box_convert(x[None], "cxcywh", "xyxy") for x in (a, b)]
+        return (a - b).abs().sum().item(), torchvision.ops.generalized_box_iou(*corner).item()
+    for repeats in (1, 2):
+        expected = dict.fromkeys(("class", "L1", "giou"), 0.0)
+        for la, (b, t) in itertools.product(range(layers), enumerate(targets)):
+            copies = list(range(len(t["labels"]))) * repeats
+            def cost(q, n, la=la, b=b, t=t):
+                x, (distance, giou) = logits[la, b, q, t["labels"][n]].item(), terms(
+                    boxes[la, b, q], t["boxes"][n])
+                return 2 * (focal(x, True) - focal(x, False)) + 5 * distance - 2 * giou
+            best = min(itertools.permutations(range(queries), len(copies)),
+                       key=lambda order: sum(cost(q, n) for q, n in zip(order, copies)))
+            yes = {(q, t["labels"][n].item()) for q, n in zip(best, copies)}
+            for q, k in itertools.product(range(queries), range(kinds)):
+                expected["class"] += focal(logits[la, b, q, k].item(), (q, k) in yes)
+            for q, n in zip(best, copies):
+                distance, giou = terms(boxes[la, b, q], t["boxes"][n])
+                expected["L1"] += distance
+                expected["giou"] += 1 - giou
+        found = losses.detection_loss(logits, boxes, targets, 1.5, repeats)
+        for name, number in expected.items():
+            number /= 1.5 * repeats
+            assert abs(found[name].item() - number) < 1e-4 * max(1, number), name
+        total = 2 * found["class"] + 5 * found["L1"] + 2 * found["giou"]
+        assert_close(found["loss"], total, 1e-6)
+
+
+def detector(config=TINY, kinds=3):
+    torch.manual_seed(0)
+    return apart(M.Detector(config, kinds, one_to_one=6, one_to_many=12))
+
+
+def test_detection_groups_do_not_see_each_other():
+    """The one-to-one queries answer the same with and without the others: training's first group,
+    last layer, is what runs at test."""
+    net, images = detector(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        logits, boxes = net(images, whole(TINY, images), train=True)
+        assert logits.shape == (3, 2, 18, 3) and boxes.shape == (3, 2, 18, 4)
+        alone = net(images, whole(TINY, images))
+        assert_close(logits[-1:, :, :6], alone[0], 1e-5, "classes")
+        assert_close(boxes[-1:, :, :6], alone[1], 1e-5, "boxes")
+        torch.nn.init.normal_(net.offsets[6:])
+        changed = net(images, whole(TINY, images), train=True)[0]
+        assert_close(changed[:, :, :6], logits[:, :, :6], 1e-5, "classes")
+        assert (changed[:, :, 6:] - logits[:, :, 6:]).abs().amin((0, 3)).max() > 1e-3
+    fresh = M.Detector(TINY, 5)
+    assert not fresh.offsets.any() and fresh.offsets.shape == (1800, 64)
+    assert_close(fresh.classify.bias.sigmoid(), torch.full((5,), 0.01), 1e-5)
+
+
+def test_detection_in_a_padded_batch_equals_alone():
+    """Boxes are fractions of the image, not of the padded batch."""
+    net, sizes = detector(ODD).double().eval(), [(37, 85), (64, 16), (50, 61)]
+    images = [torch.randn(3, h, w).double() for h, w in sizes]
+    batch = torch.full((3, 3, 70, 90), 9.0).double()
+    for canvas, image in zip(batch, images):
+        canvas[:, :image.shape[1], :image.shape[2]] = image
+    with torch.no_grad():
+        logits, boxes = net(batch, Layout(ODD, torch.tensor(sizes)))
+        for b, image in enumerate(images):
+            one = net(image[None], whole(ODD, image[None]))
+            assert_close(logits[:, b], one[0][:, 0], 1e-9)
+            assert_close(boxes[:, b].double(), one[1][:, 0].double(), 1e-6)     # boxes are fp32
+
+
+def test_every_parameter_learns_in_detection():
+    """Also from boxes without area; without any object the loss is finite all the same."""
+    targets = detection_batch((2, 1))
+    targets[0]["boxes"][0, 2:] = 0
+    args = args_for(finetune_det, "--queries", 6, "--many-queries", 12, "--repeats", 4)
+    for batch in (targets, detection_batch((0, 0))):
+        net, images = detector(), torch.randn(2, 3, 64, 64)
+        answers = net(images, whole(TINY, images), train=True)
+        loss = finetune_det.group_losses(*answers, batch, 1, args)
+        silent = without_gradient(net, loss)
+        if batch is targets:
+            assert not silent
+        else:                                               # boxes have nothing to learn from
+            assert silent == ["box.weight", "box.bias"]
+            assert net.box.weight.grad is not None
+
+
+def test_detection_inference_by_hand():
+    logits = torch.tensor([[2.0, -3.0], [1.0, 3.0]])
+    boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.9, 0.2, 0.4, 0.2]])
+    found = inference.detection_inference(logits, boxes, (100, 200), count=3)
+    assert found["labels"].tolist() == [1, 0, 0]
+    assert_close(found["scores"], torch.tensor([3.0, 2.0, 1.0]).sigmoid(), 1e-6)
+    assert_close(found["boxes"], torch.tensor([[140.0, 10, 200, 30], [80, 30, 120, 70],
+                                               [140, 10, 200, 30]]), 1e-5)
+
+
+def test_detection_samples_stay_aligned():
+    """Boxes follow every flip, crop and resize: painted into the photo as rectangles, they stay
+    the boxes of what was painted; none is without area; crowds are left out."""
+    transform, seen = data.detection_transform(True, 160), 0
+    for i in range(40):
+        with data.seeded(i):
+            x, y = torch.randint(100, (2,)).tolist()
+            w, h = (30 + torch.randint(30, (2,))).tolist()
+            photo = torch.zeros(3, 160, 190, dtype=torch.uint8)
+            photo[:, y:y + h, x:x + w] = 255
+            box = data.tv_tensors.BoundingBoxes([[float(x), y, x + w, y + h]], format="XYXY",
+                                                canvas_size=(160, 190))
+            out = transform({"image": data.tv_tensors.Image(photo), "boxes": box})
+        assert max(out["image"].shape[1:]) <= 266
+        painted = out["image"][0] > 127
+        if painted.any():
+            ys, xs = painted.any(1).nonzero()[:, 0], painted.any(0).nonzero()[:, 0]
+            edges = torch.stack([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1])
+            assert (edges - out["boxes"][0]).abs().max() <= 1.5, (i, edges, out["boxes"])
+            seen += 1
+        else:
+            assert (out["boxes"][0, 2:] - out["boxes"][0, :2]).amin() <= 0.5
+    assert seen > 30
+    train, val = data.open_detection("toyworld:8", 160)
+    for i in range(8):
+        sample = train[(3, i)]
+        assert sample["boxes"].shape == (len(sample["labels"]), 4)
+        assert (sample["boxes"][:, 2:] > 0).all()
+        edges = losses.corners(sample["boxes"])
+        assert edges.min() > -1e-5 and edges.max() < 1 + 1e-5
+    same, _ = data.open_detection("toyworld:8", 160, overfit=True)
+    assert torch.equal(same[(0, 1)]["image"], same[(9, 1)]["image"])
+    assert val[(0, 0)]["size"].tolist() == [160, 160]
+    # crowds are not trained on
+    source = data.ToyWorld("train", 1, 160, keys=["boxes", "classes"])
+    crowd = torch.arange(len(source[0]["classes"])) == 0
+    source.samples[0]["iscrowd"] = crowd
+    kept = data.Detection(source, train=True, augment=False, size=160, seed=0)[(0, 0)]
+    assert len(kept["labels"]) == len(crowd) - 1
+
+
+def test_perfect_detections_score_one():
+    """Ground truth fed in as prediction, through the script's own evaluation at another size."""
+    with folder() as at, quiet():
+        args = args_for(finetune_det, "--data", "toyworld:6", "--size", 96, "--batch-size", 4,
+                        "--workers", 0, "--out", at)
+        _, val = data.open_detection(args.data, args.size)
+        val.transform = data.detection_transform(False, 64)         # network size is not photo size
+        truth = iter([(s["boxes"], s["classes"]) for s in val.source.samples])
+        def perfect(model, images, layout, originals, state):
+            assert originals == [[96, 96]] * len(images) and images.shape[-1] == 64
+            return [{"scores": torch.ones(len(c)), "labels": c, "boxes": b}
+                    for _, (b, c) in zip(images, truth)]
+        real, finetune_det.predict = finetune_det.predict, perfect
+        try:
+            state = training.Run(torch.device("cpu"))
+            result = finetune_det.evaluate(detector(), val, args, state, at / "p.png")
+        finally:
+            finetune_det.predict = real
+        assert result["AP"] == result["AP50"] == 1.0 and result["AR100"] == 1.0
+        assert Image.open(at / "p.png").size == (2 * 2 * 96, 2 * 6 * 96)
+
+
+# -----------------------------------------------------------------------------
 # Instance and panoptic segmentation
 
 
@@ -1636,30 +1849,36 @@ def test_resume_is_exact():
         assert (at / "whole/log.jsonl").read_text() == (at / "killed/log.jsonl").read_text()
 
 
-def test_segmentation_resumes_exactly():
-    """The same for fine-tuning, whose losses sample random points and whose tasks take turns;
-    stopped after 3 of 6 steps."""
-    with folder() as at, quiet():
-        flags = [*TOY, "--steps", 6, "--eval-every", 3, "--points", 64, "--drop-path", 0.2,
-                 "--tasks", "semantic,instance,panoptic"]
-        whole = args_for(finetune_seg, *flags, "--out", at / "whole")
-        finetune_seg.main(whole)
-        part = args_for(finetune_seg, *flags, "--out", at / "part")
-        real = checkpoints.keep
-        def stop_after(*a, **k):
-            real(*a, **k)
-            if a[4] == 4:
-                raise KeyboardInterrupt
-        checkpoints.keep = stop_after
-        try:
-            finetune_seg.main(part)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            checkpoints.keep = real
-        part.resume = True
-        finetune_seg.main(part)
-        assert differences(at / "whole/last.pt", at / "part/last.pt") == 0
+# every fine-tuning script: flags that keep it small, what --eval prints first, its metric
+FINETUNING = {
+    "finetune_seg": (["--points", 64, "--tasks", "semantic,instance,panoptic"], "mIoU", "mIoU"),
+    "finetune_det": (["--queries", 12, "--many-queries", 24], "box AP", "AP"),
+}
+
+
+def test_finetuning_resumes_exactly():
+    """The same for every fine-tuning, stopped after 3 of 6 steps; some sample random points."""
+    for name, (small, *_) in FINETUNING.items():
+        script = globals()[name]
+        with folder() as at, quiet():
+            flags = [*TOY, *small, "--steps", 6, "--eval-every", 3, "--drop-path", 0.2]
+            script.main(args_for(script, *flags, "--out", at / "whole"))
+            part = args_for(script, *flags, "--out", at / "part")
+            real = checkpoints.keep
+            def stop_after(*a, real=real, **k):
+                real(*a, **k)
+                if a[4] == 4:
+                    raise KeyboardInterrupt
+            checkpoints.keep = stop_after
+            try:
+                script.main(part)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                checkpoints.keep = real
+            part.resume = True
+            script.main(part)
+            assert differences(at / "whole/last.pt", at / "part/last.pt") == 0, name
 
 
 def test_two_processes_train_as_one():
@@ -1684,6 +1903,20 @@ def weights_differ(a, b):
             if k.endswith("qkv.bias"):
                 weights[k] = weights[k].unflatten(0, (3, -1))[[0, 2]]
     return max((a[k] - b[k]).abs().max().item() for k in a if not k.endswith("k.bias"))
+
+
+def test_two_processes_evaluate_as_one():
+    """The metric of 7 images on 2 processes, which 7 does not divide, equals that on one."""
+    for name, (small, words, metric) in FINETUNING.items():
+        script = globals()[name]
+        with folder() as at:
+            flags = ["--data", "toyworld:7", "--workers", 0, "--batch-size", 2, *small, "--out", at]
+            with quiet():
+                script.main(args_for(script, *flags, "--steps", 3))
+                one = script.main(args_for(script, *flags, "--eval"))[metric]
+            output = finish(launch(name + ".py", *flags, "--eval", processes=2))
+            line = next(x for x in output.splitlines() if x.startswith(words))
+            assert line.startswith(f"{words} {100 * one:.2f}") and " of 7 images, step 3" in line
 
 
 def test_two_processes_train_tasks_and_evaluate_as_one():

@@ -86,7 +86,7 @@ def add_finetune_flags(parser):
     add("--load", help="parts taken from --init: backbone,bifpn,decoder (default: all)")
     add("--init-backbone", help="torchvision:FILE, supervised Swin weights")
     add("--overfit", action="store_true", help="train and validate on the same images, not "
-        "augmented: the code must reach a near-perfect metric")
+        "augmented: whoever changes the code should still reach a near-perfect metric")
     add("--data-fraction", type=SHARE, default=1.0, help="share of the training set (Table 8)")
     add("--backbone-lr", type=number(float, 0), help="lr of the backbone, times --lr")
     add("--query-lr", type=number(float, 0), default=1.0, help="lr of the e_i, times --lr")
@@ -383,6 +383,11 @@ def cosine(step, total, warmup):
 def poly(step, total, power=0.9):
     """1..0, DeepLab's and Mask2Former's schedule; no warm-up."""
     return (1 - step / total) ** power
+
+
+def multistep(step, total, milestones, factor=0.1):
+    """1, times `factor` at each milestone, a fraction of the schedule (DETR, ViTPose)."""
+    return factor ** sum(step >= m * total for m in milestones)
 
 
 def set_lr(optimizer, lr):

@@ -1,0 +1,184 @@
+"""
+Stage 2: object detection with the whole pre-trained GLID, two linear heads and zero offsets e_i.
+
+    python finetune_det.py --preset tiny --init out/pretrain/best.pt        with pre-training
+    python finetune_det.py --preset tiny --out out/scratch                  from scratch
+Defaults are H-DETR's recipe for COCO (50 epochs of 16 images at 800 px, 300 one-to-one and 1500
+one-to-many queries, 8 processes):
+    torchrun --nproc_per_node=8 finetune_det.py --data toyworld --init out/base/best.pt
+ToyWorld is the only labelled data set so far.
+
+One linear layer gives the box, one the class, as the paper says: no box MLP, no reference points,
+no refinement from layer to layer. OUT holds last.pt, best.pt, log.jsonl and samples/*.png: photo
+with true boxes, photo with predicted boxes.
+"""
+from pathlib import Path
+
+import torch
+
+import checkpoints
+import draw
+import training
+from data import collate, open_detection
+from inference import detection_inference
+from losses import detection_loss
+from metrics import AveragePrecision
+from model import Detector, normalize
+
+PRESETS = {
+    # two CPU cores, about a minute; see finetune_seg.py for the learning rate of the e_i
+    "tiny": dict(data="toyworld", steps=320, size=64, batch_size=16, queries=32, many_queries=96,
+                 lr=1e-3, backbone_lr=1.0, query_lr=500.0, drop_path=0.0, workers=1,
+                 eval_every=80),
+    "small": dict(backbone_lr=1.0, drop_path=0.1),
+}
+HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+
+
+def flags():
+    """The command line; defaults are H-DETR's recipe for COCO."""
+    parser = training.Parser(__doc__)
+    training.add_flags(parser)
+    training.add_finetune_flags(parser)
+    add, positive = parser.add_argument, training.POSITIVE
+    add("--epochs", type=positive, default=50, help="[paper]")
+    add("--size", type=positive, default=800, help="shortest side at test, longest at training")
+    add("--queries", type=positive, default=300, help="one-to-one queries [paper]")
+    add("--many-queries", type=training.COUNT, default=1500, help="one-to-many queries [paper]")
+    add("--repeats", type=positive, default=6, help="one-to-many queries matched to an object")
+    add("--weight-decay", type=training.number(float, 0), default=1e-4)
+    add("--clip", type=training.RATE, default=0.1, help="gradient norm")
+    add("--eval-every", type=positive, default=5000, help="steps between evaluations")
+    parser.set_defaults(batch_size=2, out="out/detection", lr=2e-4, backbone_lr=0.1,
+                        drop_path=0.2)
+    return parser
+
+
+@torch.no_grad()
+def predict(model, images, layout, originals, state):
+    """uint8 images [B, 3, H, W] -> list of detections in the pixels of the photos, on the CPU."""
+    with state.autocast():
+        logits, boxes = model(normalize(images.to(state.device)), layout.to(state.device))
+    return [{k: v.cpu() for k, v in detection_inference(*answer).items()}
+            for answer in zip(logits[-1], boxes[-1], originals)]
+
+
+def evaluate(model, dataset, args, state, path=None):
+    """COCO box AP over the whole validation set; picture of the first images."""
+    model.eval()
+    metric, rows = AveragePrecision("box", range(len(dataset.classes))), []
+    batches = training.share(len(dataset), args, state)
+    for images, layout, targets in training.loader(dataset, batches, collate, model.glid.config,
+                                                   args, state):
+        originals = [t["size"].tolist() for t in targets]
+        found = predict(model, images, layout, originals, state)
+        for image, (h, w), truth, guess in zip(images, layout.sizes.tolist(), targets, found):
+            truth["labels"] = truth.pop("classes")
+            metric.update(truth["index"].item(), {k: v.numpy() for k, v in guess.items()},
+                          {k: truth[k].numpy() for k in truth.keys() - {"index", "size"}})
+            if len(rows) < 8:
+                rows.append(drawn(image[:, :h, :w], truth, guess))
+    model.train()
+    if path and state.rank == 0:
+        draw.save_picture(rows, path)
+    return state.merged(metric).result()
+
+
+def drawn(image, truth, guess, threshold=0.3):
+    """Photo with the true boxes beside the photo with those predicted above the threshold."""
+    size = truth["size"].tolist()
+    photo = draw.beside(image, size)
+    sure = guess["scores"] > threshold
+    return torch.cat([draw.boxed(photo, truth["boxes"], truth["labels"]),
+                      draw.boxed(photo, guess["boxes"][sure], guess["labels"][sure])], 2)
+
+
+def build(args, classes, state):
+    """The model with its inherited parts; the heads and the e_i are always new."""
+    torch.manual_seed(args.seed)
+    model = Detector(training.model_config(args), len(classes), args.queries, args.many_queries)
+    checkpoints.inherit(model.glid, args, state)
+    return model.to(state.device)
+
+
+def conclude(model, val, args, state, step, best, optimizer, log):
+    """Evaluate, draw, save. Returns the best AP so far."""
+    path = Path(args.out, "samples", f"{step:06d}.png")
+    result = evaluate(model, val, args, state, path)
+    log.write(step=step, **{k: result[k] for k in HEADLINE})
+    best = max(best or 0, result["AP"])
+    checkpoints.keep(args, model, optimizer, state, step, best, is_best=result["AP"] == best,
+                     classes=list(val.classes))
+    return best
+
+
+def group_losses(class_logits, boxes, targets, objects, args):
+    """The same set loss for both groups: each object takes one query of the first group and
+    `repeats` of the second."""
+    split = (args.queries, args.many_queries)
+    groups = zip(class_logits.split(split, 2), boxes.split(split, 2), (1, args.repeats))
+    return sum(detection_loss(c, b, targets, objects, repeats)["loss"]
+               for c, b, repeats in groups if c.shape[2])
+
+
+def main(args):
+    """Train; returns {"AP": best box AP, "step": steps done}."""
+    state = training.start(args)
+    train, val = open_detection(args.data, args.size, args.data_fraction, args.overfit, args.seed)
+    model = build(args, train.classes, state)
+    scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
+    optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
+                                  fused=True)
+    step, best = checkpoints.resume(args, model, optimizer, state)
+    per_epoch = training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
+    steps = args.steps or args.epochs * per_epoch
+    if args.eval or step >= steps:
+        ap = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))["AP"]
+        state.say(f"box AP {100 * ap:.2f} of {len(val)} images, step {step}")
+        return {"AP": ap, "step": step}
+    total_batch = args.batch_size * state.world * args.accumulate
+    training.describe(state, model, train, val, total_batch, steps, args.lr)
+
+    training.compile_model(model, args)
+    ddp = state.wrap(model)
+    batches = training.Batches(len(train), args, state, step, steps)
+    loader = training.Timed(training.loader(train, batches, collate, model.glid.config, args,
+                                            state))
+    log = training.Log(args, state, step)
+    bar = training.Progress(step, steps, "detection", loader, state, total_batch)
+    model.train()
+    while step < steps:
+        torch.manual_seed(training.mix(args.seed, step, state.rank))            # drop path
+        lr = args.lr * training.multistep(step, steps, [0.8])
+        training.set_lr(optimizer, lr)
+        for micro in range(args.accumulate):
+            images, layout, targets = state.fetch(loader)
+            # every process divides by the same count, so that gradients average to the true mean
+            objects = state.sum(sum(len(t["labels"]) for t in targets))[0] / state.world
+            with state.no_sync(ddp, last=micro + 1 == args.accumulate):
+                with state.autocast():
+                    class_logits, boxes = ddp(images, layout, train=True)
+                loss = group_losses(class_logits, boxes, targets, max(1, objects), args)
+                loss = loss / args.accumulate
+                loss.backward()
+            bar.add(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+
+        ends = step % args.eval_every == 0 or step == steps
+        saves = step % args.save_every == 0
+        if ends or saves or step % 20 == 0:
+            log.write(step=step, loss=bar.report(step), lr=lr)
+        if ends:
+            best = conclude(model, val, args, state, step, best, optimizer, log)
+        elif saves:
+            checkpoints.keep(args, model, optimizer, state, step, best, classes=list(val.classes))
+    bar.close()
+    state.say(f"best box AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
+    return {"AP": best, "step": step}
+
+
+if __name__ == "__main__":
+    training.run(main, training.parse(flags(), PRESETS))
