@@ -295,17 +295,47 @@ def segmentation_transform(train, size):
                        v2.RandomHorizontalFlip()])
 
 
+def find_objects(task, sample, things):
+    """The true masks of a task: labels int64 [N], masks bool [N, H, W], iscrowd bool [N].
+
+    Reads from the sample, the first `things` classes being things and the rest stuff,
+    semantic: "semantic" uint8 [H, W] of classes; a mask for each class present, none for IGNORE.
+    panoptic: "panoptic" int [H, W] of segment ids, 0 = void, and "segments" int64 [S, 3] of id,
+              class, iscrowd; a mask for each segment.
+    instance: "masks" [N, H, W], which may overlap, "classes" int64 [N], "iscrowd" [N]; without
+              them the things of the panoptic map: one map is faster to augment than N masks.
+    """
+    sample = {k: v.as_subclass(torch.Tensor) if torch.is_tensor(v) else v
+              for k, v in sample.items()}
+    if task == "semantic":
+        labels = sample["semantic"].unique()
+        labels = labels[labels != IGNORE]
+        masks = sample["semantic"] == labels[:, None, None]
+        return labels.long(), masks, torch.zeros(len(labels), dtype=torch.bool)
+    if task == "instance" and "masks" in sample:
+        return sample["classes"], sample["masks"].bool(), sample["iscrowd"].bool()
+    segments = sample["segments"]
+    if task == "instance":
+        segments = segments[segments[:, 1] < things]
+    ids, labels, crowd = segments.unbind(1)
+    return labels, sample["panoptic"] == ids[:, None, None], crowd.bool()
+
+
 class Segmentation:
     """(epoch, index) -> dict for collate().
 
-    Training: image uint8 [3, H, W], labels int64 [N], masks bool [N, H, W], one per class present.
-    Test:     image as the network gets it, semantic uint8 [H0, W0] at the original size.
+    Training: image uint8 [3, H, W], task, labels int64 [N], masks bool [N, H, W] as find_objects
+              returns them, but no crowds, and nothing of what the crop has cut off completely.
+    Test:     image as the network gets it, index, every annotation at its original (H0, W0).
+
+    Samples of several tasks take turns: index i belongs to task (epoch + i) mod T, so that over T
+    epochs every image is seen once with every task. Batches(kinds=T) mixes them evenly.
     """
 
-    def __init__(self, source, train, size, seed):
-        self.source, self.train, self.seed = source, train, seed
-        self.classes = source.classes
-        self.transform = segmentation_transform(train, size)
+    def __init__(self, source, train, size, seed, tasks=("semantic",), augment=True):
+        self.source, self.train, self.seed, self.tasks = source, train, seed, tasks
+        self.classes, self.things = source.classes, source.things
+        self.transform = segmentation_transform(train and augment, size)
 
     def __len__(self):
         return len(self.source)
@@ -314,20 +344,24 @@ class Segmentation:
         epoch, index = at
         sample = self.source[index]
         if not self.train:
-            return {"image": self.transform(sample["image"]), "semantic": sample["semantic"]}
+            return sample | {"image": self.transform(sample["image"]), "index": index,
+                             "original": sample["image"].shape[-2:]}
         with seeded(self.seed, epoch, index):
             sample = self.transform(sample)
-        semantic = sample["semantic"].as_subclass(torch.Tensor)
-        labels = semantic.unique()
-        labels = labels[labels != IGNORE]
-        return {"image": sample["image"], "labels": labels.long(),
-                "masks": semantic == labels[:, None, None]}
+        task = self.tasks[(epoch + index) % len(self.tasks)]
+        labels, masks, crowd = find_objects(task, sample, self.things)
+        keep = masks.flatten(1).any(1) & ~crowd
+        return {"image": sample["image"], "task": task, "labels": labels[keep],
+                "masks": masks[keep]}
 
 
-def open_segmentation(path, size, fraction=1.0, seed=0):
-    """(training set, validation set) for semantic segmentation; see open_sources."""
-    sources = open_sources(path, size, ["semantic"], fraction)
-    return [Segmentation(s, train, size, seed) for s, train in zip(sources, (True, False))]
+def open_segmentation(path, size, fraction=1.0, seed=0, tasks=("semantic",), overfit=False):
+    """(training set, validation set) for the segmentation tasks; see open_sources."""
+    keys = ["semantic"] * ("semantic" in tasks)
+    keys += ["panoptic", "segments"] * ("instance" in tasks or "panoptic" in tasks)
+    sources = open_sources(path, size, keys, fraction, overfit)
+    return [Segmentation(s, train, size, seed, tasks, not overfit)
+            for s, train in zip(sources, (True, False))]
 
 
 # -----------------------------------------------------------------------------
@@ -471,13 +505,15 @@ def collate_pretraining(config, samples):
 
 def collate(config, samples):
     """Samples with images of any sizes -> images uint8 [B, 3, H, W] padded at the bottom and right,
-    their Layout, which hides the padding, and a list of B dicts with everything else."""
+    their Layout, which hides the padding, and a list of B dicts with everything else.
+    Samples that name their task are grouped by it."""
+    samples = sorted(samples, key=lambda s: s.get("task", ""))
     images = [s["image"].as_subclass(torch.Tensor) for s in samples]
     sizes = torch.tensor([i.shape[-2:] for i in images])
     height, width = sizes.amax(0).tolist()
     batch = images[0].new_zeros(len(images), 3, height, width)
     for canvas, image in zip(batch, images):
         canvas[:, :image.shape[1], :image.shape[2]] = image
-    targets = [{k: v.as_subclass(torch.Tensor) for k, v in s.items() if k != "image"}
-               for s in samples]
+    targets = [{k: v.as_subclass(torch.Tensor) if torch.is_tensor(v) else v
+                for k, v in s.items() if k != "image"} for s in samples]
     return batch, Layout(config, sizes), targets

@@ -49,6 +49,29 @@ def boxed(image, boxes, labels):
     return draw_bounding_boxes(image, edges, colors=colours, width=1 + min(image.shape[1:]) // 300)
 
 
+def instance_map(masks, scores=None, at_least=0.5):
+    """Masks bool [N, H, W] -> colours uint8 [3, H, W], one per object, black where there is none;
+    the surest on top, those of a lower score than at_least left out."""
+    order = range(len(masks)) if scores is None else scores.argsort().tolist()
+    ids = torch.full(masks.shape[1:], IGNORE)
+    for k in order:
+        if scores is None or scores[k] >= at_least:
+            ids[masks[k]] = k % IGNORE
+    return label_map(ids)
+
+
+def panoptic_map(ids, classes, things):
+    """Segment ids [H, W] and {id: class} -> colours uint8 [3, H, W]: one per class of stuff, one
+    per thing, void is black."""
+    labels = torch.full(ids.shape, IGNORE)
+    objects = 0
+    for segment, label in classes.items():
+        if label < things:                              # the colours after those of the stuff
+            objects, label = objects + 1, (IGNORE - 1 - objects) % IGNORE
+        labels[ids == segment] = label
+    return label_map(labels)
+
+
 # near to far: light to dark, so that the order survives without colour; black means invalid
 DEPTHS = np.array([[255, 240, 170], [253, 175, 85], [235, 95, 80], [165, 50, 130], [85, 40, 150],
                    [35, 35, 90]])

@@ -1,17 +1,22 @@
 """
-Stage 2: segmentation with the whole pre-trained GLID, a linear head and M zero offsets e_i.
+Stage 2: segmentation with the whole pre-trained GLID; per task a linear head and M zero e_i.
 
     python finetune_seg.py --preset tiny --init out/pretrain/best.pt        with pre-training
     python finetune_seg.py --preset tiny --out out/scratch                  from scratch
     python finetune_seg.py --preset tiny --out out/part --init out/pretrain/best.pt --load backbone
-Defaults are the paper's recipe (160 k steps of 16 images at 640 px, 100 queries, 8 processes):
+    python finetune_seg.py --preset tiny --out out/all --tasks semantic,instance,panoptic
+Defaults are the paper's recipe (160 k steps of 16 images at 640 px, 100 queries for semantic, 200
+for instance and panoptic segmentation, 8 processes):
     torchrun --nproc_per_node=8 finetune_seg.py --data toyworld --init out/base/best.pt
+Several tasks share everything but their heads and e_i, and every batch evenly (Table 3).
 ToyWorld is the only labelled data set so far.
 
 Losses, augmentation, schedule and inference are Mask2Former's, without its masked attention, which
-the paper does not mention. OUT holds last.pt, best.pt, log.jsonl and samples/*.png: photo, truth,
-prediction.
+the paper does not mention. OUT holds last.pt, best.pt, log.jsonl and samples/*.png: photo, then
+truth and prediction of each task.
 """
+import argparse
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 
 import torch
@@ -19,20 +24,35 @@ import torch
 import checkpoints
 import draw
 import training
-from data import IGNORE, collate, open_segmentation
-from inference import at_original, semantic_inference
+from data import IGNORE, InputError, collate, find_objects, open_segmentation
+from inference import at_original, instance_inference, panoptic_inference, semantic_inference
 from losses import segmentation_loss
-from metrics import MeanIoU
+from metrics import AveragePrecision, MeanIoU, PanopticQuality
 from model import Segmenter, normalize
+
+QUERIES = {"semantic": 100, "instance": 200, "panoptic": 200}           # M [paper]
+# what is reported; the first of each chooses best.pt
+REPORT = {"semantic": ["mIoU"], "instance": ["AP", "AP50", "AP75"],
+          "panoptic": ["PQ", "PQ_things", "PQ_stuff"]}
 
 PRESETS = {
     # two CPU cores, about a minute. The e_i must reach the size of the position embeddings (0.7 a
     # channel) that told the pre-trained decoder its queries apart; at --lr they never would
-    "tiny": dict(data="toyworld", steps=320, size=64, batch_size=16, points=512, queries=32,
+    "tiny": dict(data="toyworld", steps=320, size=64, batch_size=16, points=512, queries="32",
                  lr=1e-3, backbone_lr=1.0, query_lr=500.0, drop_path=0.0, workers=1,
-                 eval_every=80),
+                 eval_every=80,
+                 # so short a training leaves few queries as sure as 0.8 of their class
+                 object_threshold=0.3),
     "small": dict(backbone_lr=1.0, drop_path=0.1),
 }
+
+
+def task_names(text):
+    """A converter for argparse: "instance,panoptic" -> ["instance", "panoptic"]."""
+    names = text.split(",")
+    if not set(names) <= set(QUERIES) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r}: take some of {','.join(QUERIES)}, each once")
+    return names
 
 
 def flags():
@@ -41,110 +61,211 @@ def flags():
     training.add_flags(parser)
     training.add_finetune_flags(parser)
     add = parser.add_argument
-    add("--tasks", default="semantic", choices=["semantic"], help="what to segment")
+    add("--tasks", type=task_names, default="semantic", help="some of semantic,instance,panoptic")
     positive = training.POSITIVE
     add("--size", type=positive, default=640, help="side of the training crop, shortest at test")
-    add("--queries", type=positive, default=100, help="M [paper]")
+    add("--queries", type=lambda text: [positive(n) for n in text.split(",")], help="M, one number "
+        "or one for each of --tasks (default: 100, but 200 for instance and panoptic [paper])")
     add("--points", type=positive, default=12544, help="sampled points per mask")
     add("--weight-decay", type=training.number(float, 0), default=0.05)
     add("--clip", type=training.RATE, default=0.01, help="gradient norm; Mask2Former's")
     add("--eval-every", type=positive, default=5000, help="steps between evaluations")
-    parser.set_defaults(batch_size=2, out="out/semantic", steps=160_000, lr=1e-4, backbone_lr=0.1,
-                        drop_path=0.3)
+    share = training.number(float, 0, 1)
+    add("--object-threshold", type=share, default=0.8, help="panoptic: sure enough of its class")
+    add("--overlap-threshold", type=share, default=0.8, help="panoptic: owns enough of its mask")
+    parser.set_defaults(batch_size=2, out="out/segmentation", steps=160_000, lr=1e-4,
+                        backbone_lr=0.1, drop_path=0.3)
     return parser
 
 
 @torch.no_grad()
-def predict(model, images, layout, originals, state):
-    """uint8 images [B, 3, H, W] -> list of class maps uint8 [H0, W0] at the original sizes."""
+def predict(model, images, layout, originals, args, things, state):
+    """uint8 images [B, 3, H, W] -> list of B dicts task -> answer at the original size.
+
+    semantic: class map uint8 [H0, W0]. instance: dict of labels, scores, masks, see
+    instance_inference. panoptic: segment ids [H0, W0] and {id: class}. All on the CPU.
+    """
     sizes, patch = layout.sizes.tolist(), model.glid.config.patch
     with state.autocast():
-        class_logits, mask_logits = model(normalize(images.to(state.device)),
-                                          layout.to(state.device), "semantic")
-    scores = semantic_inference(class_logits[-1], mask_logits[-1])
-    return [at_original(s, size, patch, original).argmax(0).byte().cpu()
-            for s, size, original in zip(scores, sizes, originals)]
+        answers = model(normalize(images.to(state.device)), layout.to(state.device),
+                        dict.fromkeys(args.tasks, slice(None)))
+    found = [{} for _ in originals]
+    for task, (classes, masks) in answers.items():
+        for out, c, m, size, original in zip(found, classes[-1], masks[-1], sizes, originals):
+            if task == "semantic":
+                scores = semantic_inference(c[None], m[None])[0]
+                out[task] = at_original(scores, size, patch, original).argmax(0).byte().cpu()
+            elif task == "instance":
+                out[task] = {k: v.cpu() for k, v in
+                             instance_inference(c, m, size, patch, original).items()}
+            else:
+                ids, kinds = panoptic_inference(c, m, size, patch, original, things,
+                                                args.object_threshold, args.overlap_threshold)
+                out[task] = ids.cpu(), kinds
+    return found
+
+
+def new_metric(task, dataset):
+    """mIoU over all classes, mask AP over the things, PQ over things and stuff."""
+    if task == "semantic":
+        return MeanIoU(len(dataset.classes), IGNORE)
+    if task == "instance":
+        return AveragePrecision("mask", range(dataset.things))
+    return PanopticQuality([(k, k < dataset.things) for k in range(len(dataset.classes))])
+
+
+def grade(task, metric, answer, truth, things):
+    """Add the answer for one image to its task's metric."""
+    if task == "semantic":
+        metric.update(answer.numpy(), truth["semantic"].numpy())
+    elif task == "instance":
+        objects = dict(zip(("labels", "masks", "iscrowd"), find_objects(task, truth, things)))
+        # the outline's area decides what is small, if the data set knows it
+        objects |= {k: truth[k] for k in ("area",) if k in truth}
+        metric.update(truth["index"], answer, objects)
+    else:
+        segments = [dict(id=i, category=c, iscrowd=crowd)
+                    for i, c, crowd in truth["segments"].tolist()]
+        metric.update(answer[0].numpy(), answer[1], truth["panoptic"].numpy(), segments)
+
+
+def pictures(task, answer, truth, things):
+    """Truth and answer in colours, uint8 [3, H0, W0] each."""
+    if task == "semantic":
+        return draw.label_map(truth["semantic"]), draw.label_map(answer)
+    if task == "instance":
+        return (draw.instance_map(find_objects(task, truth, things)[1]),
+                draw.instance_map(answer["masks"], answer["scores"]))
+    classes = {i: c for i, c, _ in truth["segments"].tolist()}
+    return (draw.panoptic_map(truth["panoptic"], classes, things),
+            draw.panoptic_map(*answer, things))
 
 
 def evaluate(model, dataset, args, state, path=None):
-    """mIoU over the whole validation set, every image once on one process; picture of the first."""
+    """REPORT of every task over the whole validation set, every image once on one process; all
+    tasks ask about the same encoded image. Picture of the first images at `path`."""
     model.eval()
-    metric, rows = MeanIoU(len(dataset.classes), IGNORE), []
+    metrics, rows = {t: new_metric(t, dataset) for t in args.tasks}, []
     batches = training.share(len(dataset), args, state)
-    for images, layout, targets in training.loader(dataset, batches, collate, model.glid.config,
-                                                   args, state):
-        truths = [t["semantic"] for t in targets]
+    for images, layout, truths in training.loader(dataset, batches, collate, model.glid.config,
+                                                  args, state):
         sizes = layout.sizes.tolist()
-        found = predict(model, images, layout, [t.shape for t in truths], state)
-        for image, size, truth, guess in zip(images, sizes, truths, found):
-            metric.update(guess.numpy(), truth.numpy())
+        found = predict(model, images, layout, [t["original"] for t in truths], args,
+                        dataset.things, state)
+        for image, size, truth, answers in zip(images, sizes, truths, found):
+            for task in args.tasks:
+                grade(task, metrics[task], answers[task], truth, dataset.things)
             if len(rows) < 8:
-                rows.append(draw.beside(image[:, :size[0], :size[1]], truth.shape,
-                                        draw.label_map(truth), draw.label_map(guess)))
+                shown = [picture for task in args.tasks for picture in
+                         pictures(task, answers[task], truth, dataset.things)]
+                rows.append(draw.beside(image[:, :size[0], :size[1]], truth["original"], *shown))
     model.train()
     if path and state.rank == 0:
         draw.save_picture(rows, path)
-    return state.merged(metric).result()
+    results = {t: state.merged(metrics[t]).result() for t in args.tasks}
+    return {name: results[t][name] for t in args.tasks for name in REPORT[t]}
 
 
-def build(args, classes, state):
-    """The model with its inherited parts; the head and the e_i are always new."""
+def main_metrics(results):
+    """Of the numbers in `results` those that choose best.pt: mIoU, AP, PQ of the tasks trained."""
+    return {names[0]: results[names[0]] for names in REPORT.values() if names[0] in results}
+
+
+def words(results):
+    return ", ".join(f"{name} {100 * value:.2f}" for name, value in main_metrics(results).items())
+
+
+def build(args, dataset, state):
+    """The model with its inherited parts; the heads and the e_i are always new."""
     torch.manual_seed(args.seed)
-    model = Segmenter(training.model_config(args), {"semantic": args.queries},
-                      {"semantic": len(classes)})
+    number = args.queries or [QUERIES[t] for t in args.tasks]
+    if len(number) not in (1, len(args.tasks)):
+        raise InputError(f"--queries {','.join(map(str, number))}: give one number for all tasks, "
+                         f"or {len(args.tasks)}, one for each of --tasks")
+    number = dict(zip(args.tasks, number * len(args.tasks)))
+    classes = {t: dataset.things if t == "instance" else len(dataset.classes) for t in args.tasks}
+    model = Segmenter(training.model_config(args), number, classes)
     checkpoints.inherit(model.glid, args, state)
     return model.to(state.device)
 
 
 def conclude(model, val, args, state, step, best, optimizer, log):
-    """Evaluate, draw, save. Returns the best mIoU so far."""
-    path = Path(args.out, "samples", f"{step:06d}.png")
-    miou = evaluate(model, val, args, state, path)["mIoU"]
-    log.write(step=step, mIoU=miou)
-    best = max(best or 0, miou)
-    checkpoints.keep(args, model, optimizer, state, step, best, is_best=miou == best,
-                     classes=list(val.classes))
+    """Evaluate, draw, save. Returns the main metrics of the best evaluation so far, which is the
+    one with the largest mean over the tasks."""
+    results = evaluate(model, val, args, state, Path(args.out, "samples", f"{step:06d}.png"))
+    log.write(step=step, **results)
+    found = main_metrics(results)
+    is_best = best is None or sum(found.values()) >= sum(best.values())
+    best = found if is_best else best
+    checkpoints.keep(args, model, optimizer, state, step, best, is_best=is_best,
+                     classes=list(val.classes), things=val.things)
     return best
 
 
+def slices(tasks, targets):
+    """Which images of a batch grouped by task each task is asked about: dict task -> slice."""
+    names = [t["task"] for t in targets]
+    return {t: slice(bisect_left(names, t), bisect_right(names, t)) for t in tasks}
+
+
+def objects_per_image(asked, targets, state):
+    """Mean number of objects in a task's images of this step over all processes: list of floats.
+    All divide by the same number, so that gradients average to the true mean."""
+    counts = [[len(t["labels"]) for t in targets[mine]] for mine in asked.values()]
+    sums = state.sum(*map(sum, counts), *map(len, counts))
+    return [objects / max(1, images) for objects, images in zip(sums, sums[len(counts):])]
+
+
+def batch_loss(answers, asked, targets, density, canvas, points):
+    """Mean of the tasks' losses, each weighing as much as it has images in the batch: the mean over
+    the processes is then the mean over all images, however the tasks fell to the processes."""
+    total = 0
+    for (classes, masks), mine, objects in zip(answers.values(), asked.values(), density):
+        own = targets[mine]
+        loss = segmentation_loss(classes, masks, own, canvas, max(1, objects * len(own)), points)
+        total = total + len(own) / len(targets) * loss["loss"]
+    return total
+
+
 def main(args):
-    """Train; returns {"mIoU": best mIoU, "step": steps done}."""
+    """Train; returns mIoU, AP, PQ of the best evaluation, as far as trained for, and the step."""
     state = training.start(args)
-    train, val = open_segmentation(args.data, args.size, args.data_fraction, args.seed)
-    model = build(args, train.classes, state)
+    train, val = open_segmentation(args.data, args.size, args.data_fraction, args.seed, args.tasks,
+                                   args.overfit)
+    model = build(args, train, state)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
     step, best = checkpoints.resume(args, model, optimizer, state)
     if args.eval or step >= args.steps:
-        miou = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))["mIoU"]
-        state.say(f"mIoU {100 * miou:.2f} of {len(val)} images, step {step}")
-        return {"mIoU": miou, "step": step}
+        results = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))
+        state.say(f"{words(results)} of {len(val)} images, step {step}")
+        return main_metrics(results) | {"step": step}
     training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
     total_batch = args.batch_size * state.world * args.accumulate
     training.describe(state, model, train, val, total_batch, args.steps, args.lr)
 
     training.compile_model(model, args)
     ddp = state.wrap(model)
-    batches = training.Batches(len(train), args, state, step, args.steps)
+    batches = training.Batches(len(train), args, state, step, args.steps, kinds=len(args.tasks))
     loader = training.Timed(training.loader(train, batches, collate, model.glid.config, args,
                                             state))
     log = training.Log(args, state, step)
-    bar = training.Progress(step, args.steps, "semantic", loader, state, total_batch)
+    bar = training.Progress(step, args.steps, "+".join(args.tasks), loader, state, total_batch)
     model.train()
     while step < args.steps:
         torch.manual_seed(training.mix(args.seed, step, state.rank))    # drop path, sampled points
         training.set_lr(optimizer, args.lr * training.poly(step, args.steps))
         for micro in range(args.accumulate):
             images, layout, targets = state.fetch(loader)
-            # every process divides by the same count, so that gradients average to the true mean
-            objects = state.sum(sum(len(t["labels"]) for t in targets))[0] / state.world
+            asked = slices(args.tasks, targets)
+            density = objects_per_image(asked, targets, state)
             with state.no_sync(ddp, last=micro + 1 == args.accumulate):
                 with state.autocast():
-                    classes, masks = ddp(images, layout, "semantic", every_layer=True)
-                canvas = [n * model.glid.config.patch for n in masks.shape[-2:]]
-                loss = segmentation_loss(classes, masks, targets, canvas, max(1, objects),
-                                         args.points)["loss"] / args.accumulate
+                    answers = ddp(images, layout, asked, every_layer=True)
+                canvas = [n * model.glid.config.unit for n in layout.grid_units]
+                loss = batch_loss(answers, asked, targets, density, canvas,
+                                  args.points) / args.accumulate
                 loss.backward()
             bar.add(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -160,10 +281,11 @@ def main(args):
         if ends:
             best = conclude(model, val, args, state, step, best, optimizer, log)
         elif saves:
-            checkpoints.keep(args, model, optimizer, state, step, best, classes=list(val.classes))
+            checkpoints.keep(args, model, optimizer, state, step, best, classes=list(val.classes),
+                             things=val.things)
     bar.close()
-    state.say(f"best mIoU {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
-    return {"mIoU": best, "step": step}
+    state.say(f"best {words(best)} in {step} steps; {args.out}/samples/{step:06d}.png")
+    return best | {"step": step}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from losses import corners
 
+PART = 2**26                    # float numbers of mask logits to hold at the original size at once
+
 
 def at_original(maps, size, patch, original, align_corners=False):
     """Maps [K, h, w] of a padded canvas -> [K, H0, W0] at the photo's original size.
@@ -45,3 +47,76 @@ def semantic_inference(class_logits, mask_logits):
     """
     p = class_logits.float().softmax(-1)[..., :-1]
     return torch.einsum("bqk,bqhw->bkhw", p, mask_logits.float().sigmoid())
+
+
+def in_parts(mask_logits, size, patch, original):
+    """Mask logits [M, h, w] at the original size, a few masks at a time: [m, H0, W0] each.
+
+    All of them would not fit beside the model: 200 masks of 12 megapixels are 10 GB.
+    """
+    pixels = max(original[0] * original[1], (size[0] + 8 * patch) * (size[1] + 8 * patch))
+    for part in mask_logits.float().split(max(1, PART // pixels)):
+        if len(part):                                   # no mask at all: one part without a mask
+            yield at_original(part, size, patch, original)
+
+
+def instance_inference(class_logits, mask_logits, size, patch, original, limit=100):
+    """Mask2Former's: the `limit` best pairs of query and class; a query may answer several times.
+
+    class_logits [M, K + 1] and mask_logits [M, h, w] of one image; size, patch, original as for
+    at_original. Returns dict, best class first: labels int64 [D], scores float [D] = p(class) x the
+    mean p(mask) of the mask's pixels, masks bool [D, H0, W0] = where p(mask) > 1/2. Empty masks are
+    left out: their score would be 0, which cannot change the average precision.
+    """
+    p = class_logits.float().softmax(-1)[:, :-1]
+    # stable, so that equal scores are in the same order on every machine
+    order = p.flatten().sort(descending=True, stable=True).indices[:limit]
+    query, labels = order // p.shape[1], order % p.shape[1]
+    used, place = query.unique(return_inverse=True)
+    masks, quality = [], []
+    for logits in in_parts(mask_logits[used], size, patch, original):
+        mask = logits > 0
+        inside = (logits.sigmoid() * mask).flatten(1).sum(1)
+        masks.append(mask)
+        quality.append(inside / mask.flatten(1).sum(1).clamp(min=1))
+    scores = p[query, labels] * torch.cat(quality)[place]
+    real = scores > 0
+    return {"labels": labels[real], "scores": scores[real], "masks": torch.cat(masks)[place[real]]}
+
+
+def panoptic_inference(class_logits, mask_logits, size, patch, original, things,
+                       object_threshold=0.8, overlap_threshold=0.8):
+    """Mask2Former's: each pixel goes to the surest query, fragments are dropped, stuff is merged.
+
+    class_logits [M, K + 1] and mask_logits [M, h, w] of one image, the first `things` classes being
+    things. Queries count whose class is not "no object" and has p > object_threshold; a pixel
+    belongs to the one of the largest p(class) x p(mask), if that p(mask) >= 1/2. A query that owns
+    less than overlap_threshold of its own mask is dropped and leaves void.
+    Returns ids int32 [H0, W0], 0 = void, and {id: class}; one segment per class of stuff.
+    """
+    p, labels = class_logits.float().softmax(-1).max(-1)
+    keep = (labels < class_logits.shape[-1] - 1) & (p > object_threshold)
+    p, labels = p[keep], labels[keep].tolist()
+    best = torch.full(original, -1.0, device=mask_logits.device)            # p(class) p(mask)
+    owner = torch.full_like(best, -1, dtype=torch.long)                     # query of each pixel
+    sure, areas = torch.zeros_like(best, dtype=torch.bool), []              # its p(mask) >= 1/2
+    for logits in in_parts(mask_logits[keep], size, patch, original):
+        first, p_mask = len(areas), logits.sigmoid()
+        value, query = (p[first:first + len(logits), None, None] * p_mask).max(0)
+        better = value > best                           # among equals the first query, as argmax
+        own = p_mask.gather(0, query[None])[0]
+        best, owner = torch.where(better, value, best), torch.where(better, query + first, owner)
+        sure = torch.where(better, own >= 0.5, sure)
+        areas += (p_mask >= 0.5).flatten(1).sum(1).tolist()
+    owned = torch.bincount(owner.flatten() + 1, minlength=len(labels) + 1)[1:].tolist()
+    ids, classes, stuff = torch.zeros_like(owner, dtype=torch.int32), {}, {}
+    for q, (label, area) in enumerate(zip(labels, areas)):
+        mask = (owner == q) & sure
+        if not mask.any() or owned[q] / area < overlap_threshold:
+            continue
+        segment = len(classes) + 1
+        if label >= things:
+            segment = stuff.setdefault(label, segment)
+        classes[segment] = label
+        ids[mask] = segment
+    return ids, classes

@@ -196,9 +196,13 @@ def segmentation_loss(class_logits, mask_logits, targets, canvas, num_objects, p
     canvas:       (H, W) px of the padded canvas that mask_logits cover.
     num_objects:  float, objects per process averaged over processes (>= 1), the normaliser.
     Returns dict of scalars: class, mask, dice (unweighted sums over layers) and their total with
-    the weights 2, 5, 5. Finite without objects, and every query gets a gradient.
+    the weights 2, 5, 5. Finite without objects, and every query gets a gradient; without images
+    (B = 0) all are zero.
     """
     class_logits, mask_logits = class_logits.float(), mask_logits.float()
+    if not targets:
+        return dict.fromkeys(("loss", "class", "mask", "dice"),
+                             class_logits.sum() * 0 + mask_logits.sum() * 0)
     device, counts = class_logits.device, [len(t["labels"]) for t in targets]
     scale = sampled_share([t["masks"].shape[-2:] for t in targets], canvas,
                           mask_logits.shape[-2:]).to(device)                # [B, 2] x, y

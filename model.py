@@ -313,18 +313,21 @@ class Decoder(nn.Module):
                                     for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.dim)
 
-    def forward(self, queries, maps, layout, self_mask=None, every_layer=False):
+    def forward(self, queries, maps, layout, self_mask=None, every_layer=False,
+                images=slice(None)):
         """queries [B, Q, D], maps from the BiFPN -> [L, B, Q, D], L = 1 unless every_layer.
 
-        self_mask: bool [Q, Q], True = may look.
+        self_mask: bool [Q, Q], True = may look. images: slice, those of the layout's images that
+        the queries ask about, B of them.
         """
         keys = []
         for level, stage in enumerate((3, 2, 1)):
             value = maps[stage] + self.level[level]                             # [T, D]
             # position on keys only, not on values, as in DETR and Mask2Former
             key = value + layout.position(stage, value.shape[1]).to(value.dtype)
-            value, mask = layout.to_batch(value, stage)                         # [B, K, D]
-            keys.append((layout.to_batch(key, stage)[0], value, mask))
+            value, mask = layout.to_batch(value, stage)             # [all images, K, D]
+            key = layout.to_batch(key, stage)[0]
+            keys.append((key[images], value[images], mask if mask is None else mask[images]))
         x, outputs = queries, []
         for i, layer in enumerate(self.layers):
             x = layer(x, *keys[i % 3], self_mask)
@@ -363,8 +366,9 @@ class GLID(nn.Module):
         """Normalised images and their layout -> BiFPN maps, 4 x packed [T, D]."""
         return self.bifpn(self.backbone(self.tokens(images, layout), layout), layout)
 
-    def decode(self, queries, maps, layout, self_mask=None, every_layer=False):
-        return self.decoder(queries, maps, layout, self_mask, every_layer)
+    def decode(self, queries, maps, layout, self_mask=None, every_layer=False,
+               images=slice(None)):
+        return self.decoder(queries, maps, layout, self_mask, every_layer, images)
 
     def ask(self, images, layout, offsets, self_mask=None, every_layer=False):
         """Fine-tuning's forward pass: M queries [CLS] + e_i (Eq. 3) ask about each image.
@@ -372,8 +376,16 @@ class GLID(nn.Module):
         offsets: the e_i, [M, D]. Returns x [L, B, M, D], L = 1 unless every_layer, and the maps.
         """
         maps = self.encode(images, layout)
-        queries = (self.decoder.cls + offsets).expand(len(images), -1, -1)              # Eq. 3
-        return self.decode(queries, maps, layout, self_mask, every_layer), maps
+        return self.ask_maps(maps, layout, offsets, self_mask, every_layer), maps
+
+    def ask_maps(self, maps, layout, offsets, self_mask=None, every_layer=False,
+                 images=slice(None)):
+        """The same with images encoded before, all or a slice of them -> x [L, B, M, D]."""
+        count = len(range(layout.batch)[images])
+        queries = (self.decoder.cls + offsets).expand(count, -1, -1)                    # Eq. 3
+        if count == 0:                          # nothing to ask, but the e_i stay in the graph
+            return queries[None]
+        return self.decode(queries, maps, layout, self_mask, every_layer, images)
 
 
 def split_units(images, unit):
@@ -504,11 +516,21 @@ class Segmenter(nn.Module):
         self.heads = nn.ModuleDict({t: MaskHead(config.dim, queries[t], classes[t])
                                     for t in queries})
 
-    def forward(self, images, layout, task, every_layer=False):
-        """-> classes [L, B, M, K + 1], mask logits [L, B, M, H, W] at 1/4 of the padded canvas."""
-        head = self.heads[task]
-        x, maps = self.glid.ask(images, layout, head.offsets, every_layer=every_layer)
-        return head(x, layout.to_grid(maps[0], 0))                          # f^b = the 1/4 map
+    def forward(self, images, layout, asked, every_layer=False):
+        """One pass of the encoder, then every task asks about its images.
+
+        asked: dict task -> slice of the batch; a task without an image gets an empty one, so that
+        its head has a gradient (of zero) in every process.
+        Returns dict task -> (classes [L, B, M, K + 1], mask logits [L, B, M, H, W] at 1/4 of the
+        padded canvas), B the images of its slice, L = 1 unless every_layer.
+        """
+        maps, answers = self.glid.encode(images, layout), {}
+        map4 = layout.to_grid(maps[0], 0)                                   # f^b of Eq. 4
+        for task, mine in asked.items():
+            head = self.heads[task]
+            x = self.glid.ask_maps(maps, layout, head.offsets, None, every_layer, mine)
+            answers[task] = head(x, map4[mine])
+        return answers
 
 
 class DepthEstimator(nn.Module):

@@ -45,7 +45,7 @@ import toyexport
 import toyworld
 import training
 from data import InputError
-from inference import at_original, semantic_inference
+from inference import at_original, instance_inference, panoptic_inference, semantic_inference
 from layout import Layout, whole
 from model import GLID, PRESETS, Config, DepthEstimator, Pretrainer, Segmenter
 
@@ -54,6 +54,9 @@ TINY = Config(**PRESETS["tiny"])
 # a window that divides nothing: all the odd cases of partitioning
 ODD = Config(patch=2, width=8, depths=(2, 2, 2, 2), heads=(1, 2, 2, 4), window=5, dim=16,
              decoder_layers=3, decoder_heads=2, image_size=64)
+
+
+SEMANTIC = {"semantic": slice(None)}                        # one task asks about all images
 
 
 def assert_close(a, b, tolerance, what="values"):
@@ -235,9 +238,9 @@ def test_padded_batch_equals_alone():
     for canvas, image in zip(batch, images):
         canvas[:, :image.shape[1], :image.shape[2]] = image
     with torch.no_grad():
-        classes, masks = net(batch, Layout(ODD, torch.tensor(sizes)), "semantic")
+        classes, masks = net(batch, Layout(ODD, torch.tensor(sizes)), SEMANTIC)["semantic"]
         for b, image in enumerate(images):
-            c, m = net(image[None], whole(ODD, image[None]), "semantic")
+            c, m = net(image[None], whole(ODD, image[None]), SEMANTIC)["semantic"]
             assert_close(classes[:, b], c[:, 0], 1e-9, f"classes of image {b}")
             h, w = m.shape[-2:]
             assert_close(masks[:, b, :, :h, :w], m[:, 0], 1e-9, f"masks of image {b}")
@@ -452,7 +455,7 @@ def seg_batch(labels=((0, 2), (1,)), size=64):
 
 
 def seg_loss(net, images, targets):
-    classes, masks = net(images, whole(TINY, images), "semantic", every_layer=True)
+    classes, masks = net(images, whole(TINY, images), SEMANTIC, every_layer=True)["semantic"]
     count = max(1, sum(len(t["labels"]) for t in targets))
     return losses.segmentation_loss(classes, masks, targets, (64, 64), count, 128)["loss"]
 
@@ -499,7 +502,7 @@ def test_bf16_autocast_runs():
         loss = losses.reconstruction_loss(prediction, target)
         images, targets = seg_batch()
         tokens = Layout(TINY, torch.tensor([[64, 64], [40, 64]]))
-        classes, masks = task(images, tokens, "semantic", True)
+        classes, masks = task(images, tokens, SEMANTIC, True)["semantic"]
     other = losses.segmentation_loss(classes, masks, targets, (64, 64), 3, 128)["loss"]
     assert loss.dtype == other.dtype == torch.float32
     assert not without_gradient(net, loss) and not without_gradient(task, other)
@@ -1033,7 +1036,7 @@ def test_collate_pads_bottom_right():
 
 def test_ignored_labels_have_no_mask():
     class Source:
-        classes = ("a", "b")
+        classes, things = ("a", "b"), 0
         def __len__(self):
             return 1
         def __getitem__(self, i):
@@ -1272,6 +1275,384 @@ def test_perfect_detections_score_one():
             finetune_det.predict = real
         assert result["AP"] == result["AP50"] == 1.0 and result["AR100"] == 1.0
         assert Image.open(at / "p.png").size == (2 * 2 * 96, 2 * 6 * 96)
+
+
+# -----------------------------------------------------------------------------
+# Instance and panoptic segmentation
+
+
+ALL_TASKS = ["semantic", "instance", "panoptic"]
+
+
+def random_answer(queries=12, kinds=4, seed=0):
+    """Class and mask logits of a 48 x 32 px image, patch 4, on a larger canvas; ties included."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = 3 * torch.randn(queries, kinds + 1, generator=generator)
+    masks = 4 * torch.randn(queries, 5, 4, generator=generator).repeat_interleave(
+        8, 1).repeat_interleave(8, 2) + torch.randn(queries, 40, 32, generator=generator)
+    classes[2, 0], masks[2, 20:30] = 15, 9
+    classes[3], masks[3] = classes[2], masks[2]                         # the same answer twice
+    masks[5] = -9.0                                                     # nothing at all
+    return classes, masks
+
+
+def test_instance_inference_equals_loops():
+    """Against one pair of query and class after the other; in parts as at once."""
+    for seed, limit in itertools.product(range(4), (100, 7)):
+        classes, masks = random_answer(seed=seed)
+        pairs = []
+        for q, k in itertools.product(range(12), range(4)):
+            p = classes[q].softmax(0)[k].item()
+            logits = at_original(masks[q:q + 1], (48, 32), 4, (61, 43))[0]
+            inside = logits[logits > 0].sigmoid()
+            pairs.append((p, k, p * inside.mean().item() if len(inside) else 0, logits > 0))
+        pairs = [x for x in sorted(pairs, key=lambda x: -x[0])[:limit] if x[2] > 0]
+        whole_part = inference.PART
+        for inference.PART in (1, whole_part):
+            found = instance_inference(classes, masks, (48, 32), 4, (61, 43), limit)
+            assert found["labels"].tolist() == [x[1] for x in pairs]
+            assert_close(found["scores"], torch.tensor([x[2] for x in pairs]), 1e-5)
+            assert torch.equal(found["masks"], torch.stack([x[3] for x in pairs]))
+    assert not len(instance_inference(classes, masks * 0 - 1, (48, 32), 4, (61, 43))["labels"])
+
+
+def panoptic_by_loops(classes, masks, size, original, things, least, share):
+    """Mask2Former's rule pixel by pixel -> class of each segment and its set of pixels."""
+    scores = [(c.softmax(0).max().item(), c.argmax().item()) for c in classes]
+    kept = [q for q, (p, k) in enumerate(scores) if p > least and k < classes.shape[1] - 1]
+    p = {q: at_original(masks[q:q + 1], size, 4, original)[0].sigmoid() for q in kept}
+    owned = {q: set() for q in kept}
+    for y, x in itertools.product(*map(range, original)):
+        if kept:
+            owned[max(kept, key=lambda q: scores[q][0] * p[q][y, x].item())].add((y, x))
+    segments, stuff = [], {}
+    for q in kept:
+        full = {tuple(at) for at in (p[q] >= 0.5).nonzero().tolist()}
+        if not owned[q] & full or len(owned[q]) / len(full) < share:
+            continue
+        k = scores[q][1]
+        if k >= things and k in stuff:
+            stuff[k] |= owned[q] & full
+        else:
+            segments.append((k, owned[q] & full))
+            stuff[k] = segments[-1][1]
+    return segments
+
+
+def test_panoptic_inference_equals_loops():
+    """Against a restatement pixel by pixel, for several thresholds; in parts as at once."""
+    merged = void = 0
+    for seed, (least, share) in itertools.product(range(4), ((0, 0.1), (0.5, 0.4), (0.8, 0.8))):
+        classes, masks = random_answer(seed=seed)
+        expected = panoptic_by_loops(classes, masks, (48, 32), (21, 17), 2, least, share)
+        whole_part = inference.PART
+        for inference.PART in (1, whole_part):
+            ids, kinds = panoptic_inference(classes, masks, (48, 32), 4, (21, 17), 2, least, share)
+            assert list(kinds.items()) == [(i + 1, k) for i, (k, _) in enumerate(expected)]
+            for i, (_, pixels) in enumerate(expected):
+                assert {tuple(at) for at in (ids == i + 1).nonzero().tolist()} == pixels
+            assert (ids != 0).sum() == sum(len(pixels) for _, pixels in expected)
+        void += (ids == 0).any().item()
+        merged += len(set(kinds.values())) < len(kinds)
+    assert void and merged, "the cases are too easy"
+
+
+def test_panoptic_inference_by_hand():
+    """Two halves of stuff become one segment, two things stay two; a hidden thing and one not sure
+    enough are dropped; what nobody claims is void; no query at all is all void."""
+    def answer(*rows):                                                  # (class, sure, columns)
+        classes, masks = torch.zeros(len(rows), 4), torch.full((len(rows), 8, 8), -20.0)
+        for c, m, (label, sure, columns) in zip(classes, masks, rows):
+            c[label] = 9 if sure else 0.5
+            m[:, columns] = 20
+        return panoptic_inference(classes, masks, (8, 8), 1, (8, 8), 2)
+    whole_part = inference.PART
+    for inference.PART in (1, whole_part):
+        ids, kinds = answer((2, 1, slice(0, 2)), (0, 1, slice(2, 3)), (0, 1, slice(3, 4)),
+                            (2, 1, slice(4, 6)), (1, 0, slice(6, 8)), (3, 1, slice(6, 8)),
+                            (1, 1, slice(2, 5)))        # as sure as the others, but comes last
+        assert kinds == {1: 2, 2: 0, 3: 0}
+        assert ids[0].tolist() == [1, 1, 2, 3, 1, 1, 0, 0] and (ids == ids[0]).all()
+    ids, kinds = answer((3, 1, slice(0, 8)))
+    assert kinds == {} and not ids.any()
+
+
+def test_instance_and_panoptic_answers_of_a_padded_batch():
+    """Each image of a padded batch gets the objects and segments that it gets alone."""
+    sizes = [(37, 85), (64, 16), (50, 61)]
+    net = apart(noisy(Segmenter(ODD, dict.fromkeys(ALL_TASKS, 5), dict.fromkeys(ALL_TASKS, 3))))
+    net, asked = net.double().eval(), dict.fromkeys(ALL_TASKS, slice(None))
+    images = [torch.randn(3, h, w).double() for h, w in sizes]
+    batch = torch.full((3, 3, 70, 90), 123.0).double()
+    for canvas, image in zip(batch, images):
+        canvas[:, :image.shape[1], :image.shape[2]] = image
+    with torch.no_grad():
+        together = net(batch, Layout(ODD, torch.tensor(sizes)), asked)
+        for b, (image, size) in enumerate(zip(images, sizes)):
+            alone = net(image[None], whole(ODD, image[None]), asked)
+            pairs = []
+            for answers, at in ((together, b), (alone, 0)):
+                c, m = ([answers[t][i][-1, at] for t in ALL_TASKS[1:]] for i in (0, 1))
+                pairs.append((instance_inference(c[0], m[0], size, 2, (33, 47)),
+                              panoptic_inference(c[1], m[1], size, 2, (33, 47), 2, 0, 0)))
+            (one, (ids, kinds)), (other, (other_ids, other_kinds)) = pairs
+            assert torch.equal(one["masks"], other["masks"]) and len(one["masks"])
+            assert_close(one["scores"], other["scores"], 1e-5)
+            assert torch.equal(ids, other_ids) and kinds == other_kinds and kinds
+
+
+def test_objects_of_toyworld():
+    """Instances are the scene's masks, segments cover the photo, from the map as from the stack;
+    a void pixel belongs to nothing, crowds are marked."""
+    for index in range(8):
+        s = {k: torch.from_numpy(v) for k, v in toyworld.scene(0, index, 64).items()}
+        plain = {k: s[k] for k in ("panoptic", "segments")}
+        labels, masks, crowd = data.find_objects("instance", plain, 7)
+        assert torch.equal(masks, s["masks"]) and torch.equal(labels, s["classes"])
+        stack = dict(masks=s["masks"].byte(), classes=s["classes"], iscrowd=s["classes"] == 0)
+        for a, b in zip(data.find_objects("instance", stack, 7), (labels, masks, labels == 0)):
+            assert torch.equal(a, b)
+        labels, masks, crowd = data.find_objects("panoptic", plain, 7)
+        assert (masks.sum(0) == 1).all() and masks.any(-1).any(-1).all() and not crowd.any()
+        assert torch.equal(labels[masks.byte().argmax(0)], s["semantic"].long())
+        plain["panoptic"][:5], plain["segments"][0, 2] = 0, 1
+        labels, masks, crowd = data.find_objects("panoptic", plain, 7)
+        assert not masks[:, :5].any() and crowd.tolist() == [True] + [False] * (len(labels) - 1)
+
+
+def test_objects_stay_aligned_and_empty_ones_go():
+    """Crop and flip move photo and masks together, overlapping ones too; what the crop has cut off
+    has no target, crowds have none, and one pixel is enough to stay."""
+    class Source:
+        classes, things = ("a", "b", "c"), 2
+        def __len__(self):
+            return 1
+        def __getitem__(self, i):
+            ids = torch.arange(1, 65).view(8, 8).repeat_interleave(8, 0).repeat_interleave(8, 1)
+            masks = torch.stack([ids <= 32, ids % 8 < 3, ids > 60, ids > 0]).byte()
+            photo = torch.stack([200 * masks[0], 200 * masks[1], 200 * masks[2]])
+            segments = torch.stack([torch.arange(1, 65), torch.arange(64) % 3,
+                                    (torch.arange(64) == 7).long()], 1)
+            mask = data.tv_tensors.Mask
+            return {"image": data.tv_tensors.Image(photo), "panoptic": mask(ids.int()),
+                    "segments": segments, "masks": mask(masks),
+                    "classes": torch.tensor([0, 1, 0, 1]), "iscrowd": torch.tensor([0, 0, 0, 1])}
+    sizes = set()
+    train = data.Segmentation(Source(), True, 32, 0, ["instance", "panoptic"])
+    train.transform = data.v2.Compose([t for t in train.transform.transforms
+                                       if not isinstance(t, data.v2.RandomPhotometricDistort)])
+    for epoch in range(20):
+        sample = train[(epoch, 0)]
+        masks = sample["masks"]
+        assert masks.dtype == torch.bool and masks.flatten(1).any(1).all()
+        assert len(sample["labels"]) == len(masks) and masks.shape[1:] == sample["image"].shape[1:]
+        if sample["task"] == "instance":
+            shown = [c for c in sample["image"].as_subclass(torch.Tensor) > 100 if c.any()]
+            sizes.add(len(masks))
+            assert len(masks) in (len(shown), len(shown) + 1)       # a blurred edge may vanish
+            for mask in masks:                                          # nearest, linear: edges
+                assert max((mask == c).float().mean() for c in shown) > 0.85
+        else:
+            assert masks.sum(0).max() == 1 and len(masks) < 64 and not (epoch % 2 == 0)
+    assert len(sizes) > 1, "no crop has cut anything off"
+
+
+def test_tasks_take_turns():
+    """Any batch, step and process holds the tasks evenly; over as many epochs as tasks every image
+    is seen once with each; nothing depends on the number of processes or on where a run resumed."""
+    tasks, length = ALL_TASKS, 24
+    train = data.open_segmentation(f"toyworld:{length}", 64, tasks=tasks)[0]
+    def batches(size, world, rank, start=0, stop=18):
+        args = argparse.Namespace(batch_size=size, accumulate=1, seed=1)
+        state = training.Run(torch.device("cpu"), rank, world)
+        return list(training.Batches(length, args, state, start, stop, kinds=3))
+    def task(at):
+        return tasks[sum(at) % 3]
+    one = batches(4, 1, 0)                                              # 6 steps an epoch
+    assert [sum(x, []) for x in zip(batches(2, 2, 0), batches(2, 2, 1))] == one
+    assert batches(4, 1, 0, start=7) == one[7:]
+    for batch in one + batches(2, 2, 1) + batches(5, 1, 0, stop=8):
+        counts = [list(map(task, batch)).count(t) for t in tasks]
+        assert max(counts) - min(counts) <= 1, counts
+    seen = [(i, task((e, i))) for batch in one for e, i in batch]
+    assert len(seen) == len(set(seen)) == 3 * length
+    for at in one[0] + one[7]:
+        assert train[at]["task"] == task(at)
+    orders = [[i for batch in one[n:n + 6] for _, i in batch] for n in (0, 6)]
+    assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
+
+
+def multitask_batch(tasks, size=64):
+    """One image for each of the tasks named, with random objects -> images, targets, slices."""
+    images, targets = seg_batch([(0, 2), (1,), (0, 1), (2, 0, 1)][:len(tasks)], size)
+    for target, task in zip(targets, sorted(tasks)):
+        target["task"] = task
+    return images, targets, finetune_seg.slices(ALL_TASKS, targets)
+
+
+def multitask_net():
+    torch.manual_seed(0)
+    return apart(Segmenter(TINY, dict(zip(ALL_TASKS, (6, 7, 8))), dict.fromkeys(ALL_TASKS, 3)))
+
+
+def multitask_loss(net, images, targets, asked):
+    density = finetune_seg.objects_per_image(asked, targets, training.Run(torch.device("cpu")))
+    answers = net(images, whole(TINY, images), asked, every_layer=True)
+    return finetune_seg.batch_loss(answers, asked, targets, density, (64, 64), 128)
+
+
+def test_multitask_equals_each_task_alone():
+    """In one pass over a mixed, ragged batch each task answers what its model alone answers."""
+    net = noisy(multitask_net()).double().eval()
+    sizes = torch.tensor([(37, 64), (64, 16), (50, 61), (64, 64)])
+    images = torch.randn(4, 3, 64, 64).double()
+    asked = {"semantic": slice(3, 4), "instance": slice(0, 2), "panoptic": slice(2, 3)}
+    with torch.no_grad():
+        answers = net(images, Layout(TINY, sizes), asked, every_layer=True)
+        for task, mine in asked.items():
+            single = Segmenter(TINY, {task: net.heads[task].offsets.shape[0]}, {task: 3}).double()
+            state = net.state_dict()
+            single.load_state_dict({k: state[k] for k in single.state_dict()})
+            single.eval()
+            for b in range(4)[mine]:
+                h, w = sizes[b].tolist()
+                image = images[b:b + 1, :, :h, :w]
+                c, m = single(image, whole(TINY, image), {task: slice(None)}, True)[task]
+                classes, masks = (x[:, b - mine.start] for x in answers[task])
+                assert_close(classes, c[:, 0], 1e-9, f"{task}: classes")
+                assert_close(masks[..., :m.shape[-2], :m.shape[-1]], m[:, 0], 1e-9, task)
+
+
+def test_every_parameter_learns_in_multitask():
+    """Also the gradient of a head whose task is not in this process's batch exists: it is zero."""
+    net = multitask_net()
+    batch = multitask_batch(["instance", "instance", "panoptic", "semantic"])
+    assert not without_gradient(net, multitask_loss(net, *batch))
+    net = multitask_net()
+    loss = multitask_loss(net, *multitask_batch(["semantic", "semantic"]))
+    still = without_gradient(net, loss)
+    heads = [f"heads.{t}.{n}" for t in ("instance", "panoptic") for n in (
+        "offsets", "classify.weight", "classify.bias", "embed.weight", "embed.bias")]
+    assert sorted(still) == sorted(heads)
+    assert all(p.grad is not None and not p.grad.any() for n, p in net.named_parameters()
+               if n in heads)
+    # alone in the batch a task's loss is what it would be without the other tasks
+    for count in (1, 2):
+        torch.manual_seed(3)
+        a = multitask_loss(net, *multitask_batch(["semantic"] * count))
+        torch.manual_seed(3)
+        assert abs(a - seg_loss(net, *seg_batch(((0, 2), (1,))[:count]))) < 1e-5 * a
+
+
+def test_multitask_loss_is_a_mean_over_images():
+    """However the tasks fall to the processes, the mean of their losses is the loss of one process
+    with all images. Constant masks and logits, two objects everywhere: no chance, equal weights."""
+    generator = torch.Generator().manual_seed(0)
+    def image(task):
+        full = torch.tensor([True, False])[:, None, None].expand(-1, 64, 64)
+        value = torch.randn(2, 1, 5, 1, 1, generator=generator).expand(-1, -1, -1, 16, 16)
+        return (task, torch.randn(2, 1, 5, 4, generator=generator), value,
+                {"task": task, "labels": torch.tensor([2, 0]), "masks": full})
+    everything = [image(t) for t in ("instance", "instance", "panoptic", "semantic", "panoptic",
+                                     "panoptic")]
+    class Counting:
+        """A Run whose sums grow with every process that asks; the last one knows them."""
+        def sum(self, *values):
+            self.sums = [a + b for a, b in zip(getattr(self, "sums", [0] * 6), values)]
+            return self.sums
+
+    def mean_loss(images_each):
+        state, total = Counting(), 0
+        shares = [sorted(everything[i:i + images_each], key=lambda x: x[0])
+                  for i in range(0, 6, images_each)]
+        for known in (False, True):
+            for share in shares:
+                targets = [x[3] for x in share]
+                asked = finetune_seg.slices(ALL_TASKS, targets)
+                if not known:
+                    density = finetune_seg.objects_per_image(asked, targets, state)
+                    continue
+                classes, masks = (torch.cat([x[i] for x in share], 1) for i in (1, 2))
+                answers = {t: (classes[:, mine], masks[:, mine]) for t, mine in asked.items()}
+                total += finetune_seg.batch_loss(answers, asked, targets, density, (64, 64), 32)
+        return total.item() / len(shares)
+    expected = mean_loss(6)
+    for images_each in (3, 2, 1):
+        assert abs(mean_loss(images_each) - expected) < 1e-4 * expected
+
+
+def test_tiny_and_missing_objects_are_finite():
+    """Instance batches with no object at all, with masks of one pixel, with more objects than
+    queries, and with all three."""
+    dot = torch.zeros(9, 64, 64, dtype=torch.bool)
+    dot[torch.arange(9), torch.arange(9) * 7, 63] = True
+    for counts in ((0, 0), (1, 1), (9, 9), (9, 0)):
+        net, targets = multitask_net(), []
+        for n in counts:
+            targets.append({"task": "instance", "labels": torch.arange(n) % 3, "masks": dot[:n]})
+        asked = finetune_seg.slices(ALL_TASKS, targets)
+        loss = multitask_loss(net, torch.randn(2, 3, 64, 64), targets, asked)
+        loss.backward()
+        assert loss.isfinite() and all(p.grad.isfinite().all() for p in net.parameters())
+
+
+class Oracle:
+    """A model that answers with the truth: query n of a task is its n-th object, at full size."""
+    def __init__(self, dataset):
+        self.glid = argparse.Namespace(config=Config(**PRESETS["tiny"] | dict(patch=1)))
+        self.dataset, self.seen = dataset, 0
+
+    def eval(self):
+        pass
+    train = eval
+
+    def __call__(self, images, layout, asked):
+        answers = {}
+        for task in asked:
+            classes = torch.full((1, len(images), 20, 13), -30.0)
+            masks = torch.full((1, len(images), 20, 64, 64), -30.0)
+            classes[..., -1] = 0
+            for b in range(len(images)):
+                sample = self.dataset[(0, self.seen + b)]
+                labels, truth, _ = data.find_objects(task, sample, 7)
+                classes[0, b, torch.arange(len(labels)), labels] = 30
+                masks[0, b, :len(labels)][truth] = 30
+            kinds = [*range(7), 12] if task == "instance" else slice(None)
+            answers[task] = classes[..., kinds], masks
+        self.seen += len(images)
+        return answers
+
+
+def test_truth_as_answer_is_perfect():
+    """Fed with the truth, inference and metrics give exactly 1, for every task; with the things
+    taken for each other they do not, and only the stuff stays perfect."""
+    train, dataset = data.open_segmentation("toyworld:12", 64, tasks=ALL_TASKS, overfit=True)
+    assert torch.equal(train[(3, 2)]["image"], dataset[(0, 2)]["image"])    # --overfit: unchanged
+    args = args_for(finetune_seg, "--tasks", ",".join(ALL_TASKS), "--batch-size", 5, "--workers", 0)
+    state = training.Run(torch.device("cpu"))
+    found = finetune_seg.evaluate(Oracle(dataset), dataset, args, state)
+    assert set(found) == {n for names in finetune_seg.REPORT.values() for n in names}
+    assert all(value == 1.0 for value in found.values()), found
+    class Wrong(Oracle):
+        def __call__(self, images, layout, asked):
+            answers = super().__call__(images, layout, asked)
+            return {t: (torch.cat([c[..., :7].roll(1, -1), c[..., 7:]], -1), m)
+                    for t, (c, m) in answers.items()}
+    wrong = finetune_seg.evaluate(Wrong(dataset), dataset, args, state)
+    assert wrong["PQ_stuff"] == 1 and max(wrong["AP"], wrong["PQ_things"]) < 0.1, wrong
+    assert wrong["mIoU"] < 0.6, wrong
+
+
+def test_queries_of_the_paper():
+    """100, 200, 200 by default; one number for all, or one each; instance knows things only."""
+    train = data.open_segmentation("toyworld:2", 64, tasks=ALL_TASKS)[0]
+    state = training.Run(torch.device("cpu"))
+    for given, expected in ((None, (100, 200, 200)), ("9", (9, 9, 9)), ("3,4,5", (3, 4, 5))):
+        args = args_for(finetune_seg, "--tasks", ",".join(ALL_TASKS), "--queries", given or "1")
+        args.queries = args.queries if given else None
+        heads = finetune_seg.build(args, train, state).heads
+        assert tuple(len(heads[t].offsets) for t in ALL_TASKS) == expected
+        assert [heads[t].classify.out_features for t in ALL_TASKS] == [13, 8, 13]
 
 
 # -----------------------------------------------------------------------------
@@ -1750,7 +2131,7 @@ def test_loops_do_what_they_say():
             training.set_lr(optimizer, 1e-3 * (1 - step / 3) ** 0.9)
             for _ in range(2):
                 images, tokens, targets = data.collate(TINY, [train[i] for i in next(order)])
-                found = net(M.normalize(images), tokens, "semantic", every_layer=True)
+                found = net(M.normalize(images), tokens, SEMANTIC, every_layer=True)["semantic"]
                 count = sum(len(t["labels"]) for t in targets)
                 loss = losses.segmentation_loss(*found, targets, (64, 64), count, 64)["loss"]
                 (loss / 2).backward()
@@ -1797,7 +2178,7 @@ def test_resume_is_exact():
 
 # every fine-tuning script, with flags that keep it small
 FINETUNING = {
-    finetune_seg: ["--points", 64],
+    finetune_seg: ["--points", 64, "--tasks", "semantic,instance,panoptic"],
     finetune_det: ["--queries", 12, "--many-queries", 24],
     finetune_depth: [],
 }
@@ -1868,6 +2249,24 @@ def test_two_processes_evaluate_as_one():
             assert "of 7 images" in answer and answer in output.splitlines(), (answer, output)
 
 
+def test_two_processes_train_tasks_and_evaluate_as_one():
+    """Two processes with one image each: every step lacks a task, every process two of three. And
+    mIoU, AP and PQ of 7 images, which 2 does not divide, equal those of one process."""
+    with folder() as at:
+        flags = ["--data", "toyworld:7", "--workers", 0, "--overfit", "--points", 64, "--out", at,
+                 "--tasks", "semantic,instance,panoptic", "--object-threshold", 0.1]
+        more = [*flags, "--batch-size", 1, "--steps", 28, "--resume"]
+        with quiet():
+            finetune_seg.main(args_for(finetune_seg, *flags, "--batch-size", 7, "--steps", 25))
+        finish(launch("finetune_seg.py", *more, processes=2))
+        two = json.loads((at / "log.jsonl").read_text().splitlines()[-1])
+        with quiet():
+            one = finetune_seg.main(args_for(finetune_seg, *more))
+        assert one["step"] == two["step"] == 28
+        for name in ("mIoU", "AP", "PQ"):
+            assert one[name] > 1e-3 and abs(one[name] - two[name]) < 2e-6, (name, one, two)
+
+
 # -----------------------------------------------------------------------------
 # The command line
 
@@ -1900,6 +2299,10 @@ def test_wrong_input_is_one_line():
             (finetune_seg, ["--load", "neck", *out], "--init"),
             (finetune_seg, ["--data-fraction", 0, *out], "--data-fraction"),
             (finetune_seg, ["--queries", 0, *out], "--queries"),
+            (finetune_seg, ["--queries", "5,6", "--data", "toyworld:8", *out], "--queries 5,6"),
+            (finetune_seg, ["--tasks", "semantic,depth", *out], "--tasks"),
+            (finetune_seg, ["--tasks", "instance,instance", *out], "--tasks"),
+            (finetune_seg, ["--tasks", "", *out], "--tasks"),
             (pretrain, ["--data", "toyworld:x", *out], "toyworld:x"),
             *[(pretrain, [flag, value, *out], flag) for flag, value in
               (("--steps", 0), ("--epochs", -1), ("--batch-size", 0), ("--accumulate", "two"),

@@ -243,7 +243,8 @@ def scene(seed, index, size):
     """Photo and every annotation of scene `index`; a pure function, the same in every process.
 
     image uint8 [S, S, 3]; semantic uint8 [S, S] (class); panoptic int32 [S, S] (object k -> k + 1,
-    stuff class c -> 1000 + c); depth float32 [S, S] in metres, 0 = sky. N objects, nearest first:
+    stuff class c -> 1000 + c); segments int64 [P, 3] (id in panoptic, class, 0 = no crowd); depth
+    float32 [S, S] in metres, 0 = sky. N objects, nearest first:
     classes int64 [N]; boxes float32 [N, 4] xyxy pixels, right and bottom exclusive; masks bool
     [N, S, S], visible part, disjoint; keypoints float32 [N, 17, 3] (x, y in pixels, v = 2 visible,
     1 hidden, 0 outside; all 0 for what is no person).
@@ -301,6 +302,9 @@ def annotate(w, objects, owner, semantic, size):
             top = owner[p[:, 1].astype(int), p[:, 0].astype(int)]
             p[:, 2] = np.minimum(p[:, 2], np.where((top >= 0) & (top < k), 1, 2))  # a nearer object
             keypoints[k] = p
+    segments = [(k + 1, c, 0) for k, c in enumerate(classes.tolist())]
+    segments += [(1000 + c, c, 0) for c in np.unique(semantic[owner < 0]).tolist()]
     return dict(semantic=np.where(owner < 0, semantic, classes[owner]).astype(np.uint8),
                 panoptic=np.where(owner < 0, np.int32(1000) + semantic, owner + 1).astype(np.int32),
-                classes=classes, boxes=boxes, masks=masks, keypoints=keypoints)
+                segments=np.array(segments, np.int64).reshape(-1, 3), classes=classes, boxes=boxes,
+                masks=masks, keypoints=keypoints)

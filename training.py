@@ -160,7 +160,8 @@ class Run:
         """Next batch on the device: images normalised, their layout, targets if there are any."""
         images, layout, *targets = next(loader)
         move = partial(torch.Tensor.to, device=self.device, non_blocking=True)
-        targets = [[{k: move(v) for k, v in t.items()} for t in batch] for batch in targets]
+        targets = [[{k: move(v) if torch.is_tensor(v) else v for k, v in t.items()} for t in batch]
+                   for batch in targets]
         return normalize(move(images)), layout.to(self.device), *targets
 
     def no_sync(self, model, last):
@@ -231,10 +232,14 @@ class Batches:
     the next `total` of it, and micro-step a of rank r its share. So resuming needs only the step,
     and the samples of a step do not depend on how many processes share it. The tail of an epoch
     that does not fill a step is dropped. Yields lists of (epoch, index) for DataLoader.
+
+    kinds: with more than one, any n samples in a row hold n / kinds (rounded down or up) of each
+    kind of index, the remainder of index / kinds.
     """
 
-    def __init__(self, length, args, state, start, stop):
+    def __init__(self, length, args, state, start, stop, kinds=1):
         self.size, self.accumulate, self.seed = args.batch_size, args.accumulate, args.seed
+        self.kinds = kinds
         self.length, self.state, self.start, self.stop = length, state, start, stop
         self.total = self.size * state.world * self.accumulate
 
@@ -248,6 +253,12 @@ class Batches:
             if epoch != epoch_of_order:
                 generator = torch.Generator().manual_seed(mix(self.seed, epoch))
                 order, epoch_of_order = torch.randperm(self.length, generator=generator), epoch
+                if self.kinds > 1:              # first of each kind, second of each kind, ...
+                    place = torch.empty_like(order)
+                    for kind in range(self.kinds):
+                        mine = order % self.kinds == kind
+                        place[mine] = torch.arange(int(mine.sum())) * self.kinds + kind
+                    order = order[place.argsort()]
             for a in range(self.accumulate):
                 first = i * self.total + (a * self.state.world + self.state.rank) * self.size
                 yield [(epoch, j) for j in order[first:first + self.size].tolist()]
