@@ -2188,7 +2188,8 @@ def test_finetuning_resumes_exactly():
     """The same for every fine-tuning, stopped after 3 of 6 steps; some sample random points."""
     for script, small in FINETUNING.items():
         with folder() as at, quiet():
-            flags = [*TOY, *small, "--steps", 6, "--eval-every", 3, "--drop-path", 0.2]
+            flags = ["--data", "toyworld:8", "--batch-size", 2, "--workers", 1, "--save-every", 2,
+                     *small, "--steps", 6, "--eval-every", 3, "--drop-path", 0.2]
             script.main(args_for(script, *flags, "--out", at / "whole"))
             part = args_for(script, *flags, "--out", at / "part")
             real = checkpoints.keep
@@ -2233,20 +2234,37 @@ def weights_differ(a, b):
     return max((a[k] - b[k]).abs().max().item() for k in a if not k.endswith("k.bias"))
 
 
+def evaluation_of(script, at):
+    """Flags that train and evaluate a script on 7 images in folder `at`."""
+    return args_for(script, "--data", "toyworld:7", "--workers", 0, "--batch-size", 2, "--steps", 3,
+                    "--out", at / script.__name__, *FINETUNING[script])
+
+
+def evaluate_all(at):
+    """Evaluate what test_two_processes_evaluate_as_one has trained; run by its two processes."""
+    for script in FINETUNING:
+        args = evaluation_of(script, Path(at))
+        args.eval = True
+        script.main(args)
+
+
 def test_two_processes_evaluate_as_one():
     """What --eval prints of 7 images on 2 processes, which 7 does not divide, it prints on one:
     all metrics, and the number of images."""
-    for script, small in FINETUNING.items():
-        with folder() as at:
-            flags = ["--data", "toyworld:7", "--workers", 0, "--batch-size", 2, *small, "--out", at]
-            with quiet():
-                script.main(args_for(script, *flags, "--steps", 3))
-            with contextlib.redirect_stdout(io.StringIO()) as one, \
-                    contextlib.redirect_stderr(io.StringIO()):
-                script.main(args_for(script, *flags, "--eval"))
-            answer = one.getvalue().splitlines()[-1]
-            output = finish(launch(script.__name__ + ".py", *flags, "--eval", processes=2))
-            assert "of 7 images" in answer and answer in output.splitlines(), (answer, output)
+    with folder() as at:
+        with quiet():
+            for script in FINETUNING:
+                script.main(evaluation_of(script, at))
+        with contextlib.redirect_stdout(io.StringIO()) as one, \
+                contextlib.redirect_stderr(io.StringIO()):
+            evaluate_all(at)
+        answers = [line for line in one.getvalue().splitlines() if "of 7 images, step 3" in line]
+        assert len(answers) == len(FINETUNING)
+        two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                              "--nproc_per_node=2", __file__, "--evaluate", at], text=True,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+        for answer in answers:
+            assert answer in two.stdout.splitlines(), (answer, two.stdout, two.stderr[-2000:])
 
 
 def test_two_processes_train_tasks_and_evaluate_as_one():
@@ -2388,4 +2406,8 @@ def main(pattern=""):
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    if sys.argv[1:2] == ["--evaluate"]:         # we are test_two_processes_evaluate_as_one's child
+        torch.set_num_threads(1)
+        evaluate_all(sys.argv[2])
+    else:
+        sys.exit(main(*sys.argv[1:2]))

@@ -207,7 +207,8 @@ def start(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if not dist.is_initialized():           # a program may run several scripts
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         state.rank, state.world = dist.get_rank(), dist.get_world_size()
     precision = "bf16 autocast" if state.dtype else "fp32"
     state.say(f"device {device}, {state.world} process(es), {precision}")
