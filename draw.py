@@ -5,8 +5,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.utils import draw_keypoints
 
 from data import IGNORE
+from toyworld import SKELETON
 
 
 def save_picture(rows, path, at_least=480):
@@ -36,3 +38,17 @@ def palette(count=256):
 def label_map(labels):
     """Class map uint8 [H, W] -> colours uint8 [3, H, W]."""
     return palette()[labels.long()].permute(2, 0, 1)
+
+
+def skeletons(image, keypoints, visible, at_least=320):
+    """Photo uint8 [3, H, W] with persons drawn in: [3, zoom H, zoom W], small photos enlarged.
+
+    keypoints [P, 17, 2] photo px; visible bool [P, 17], the joints to draw. A colour per person.
+    """
+    zoom = max(1, at_least // image.shape[2])
+    image = image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    for i, (points, seen) in enumerate(zip(keypoints, visible)):
+        points, seen = (torch.as_tensor(v)[None] for v in (points * zoom, seen))
+        image = draw_keypoints(image, points, list(SKELETON), tuple(palette()[i % 250].tolist()),
+                               radius=zoom, width=zoom, visibility=seen)
+    return image

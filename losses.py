@@ -206,3 +206,18 @@ def pad_masks(masks, canvas):
     for target, m in zip(out, masks):
         target[:len(m), :m.shape[1], :m.shape[2]] = m
     return out
+
+
+# -----------------------------------------------------------------------------
+# Pose
+
+
+def heatmap_loss(prediction, target, weight):
+    """Smooth L1 (beta 1) of heatmaps: mean over the pixels of a joint, then over joints and images.
+
+    prediction, target: [B, J, h, w]; weight: [B, J], 0 = this joint teaches nothing. The mean is
+    over all B * J, as ViTPose's: a batch with fewer joints has a smaller loss. Finite without any
+    joint, with gradient zero. For errors below 1 it is half of ViTPose's squared error.
+    """
+    error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="none")
+    return (error.mean((2, 3)) * weight).mean()

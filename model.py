@@ -475,3 +475,23 @@ class Segmenter(nn.Module):
         head = self.heads[task]
         x, maps = self.glid.ask(images, layout, head.offsets, every_layer=every_layer)
         return head(x, layout.to_grid(maps[0], 0))                          # f^b = the 1/4 map
+
+
+class PoseEstimator(nn.Module):
+    """One query per joint; its heatmap is a dot product with the 1/4 map (Eq. 8)."""
+
+    def __init__(self, config, num_joints=17):
+        super().__init__()
+        self.glid = GLID(config)
+        self.offsets = nn.Parameter(torch.zeros(num_joints, config.dim))    # e_i of Eq. 3
+        self.embed = nn.Linear(config.dim, config.dim)
+        # the paper does not say; heatmaps start near 0, which is what most of a target is, as in
+        # ViTPose. Xavier's would start them at +-sqrt(D), hundreds of steps away
+        nn.init.normal_(self.embed.weight, std=1e-3)
+        nn.init.zeros_(self.embed.bias)
+
+    def forward(self, images, layout):
+        """Person crops, normalised float [B, 3, H, W] -> heatmaps [B, J, H / 4, W / 4], raw."""
+        x, maps = self.glid.ask(images, layout, self.offsets)
+        map4 = layout.to_grid(maps[0], 0)                                   # [B, h, w, D]
+        return torch.einsum("bmd,bhwd->bmhw", self.embed(x[-1]), map4)                  # Eq. 8
