@@ -153,8 +153,8 @@ def blurred(maps, kernel=11):
     """Gaussian blur [N, h, w] -> [N, h + 2, w + 2], one pixel more on each side, so that a peak on
     the border has neighbours. OpenCV's sigma for the kernel's width (11 px: 2.0).
 
-    Outside, the map is zero. MMPose reflects it there, which moves a joint 1 to 3 px from the border
-    outwards by up to a pixel and a half; zeros move it inwards, by 0.3 px at 1.5 and 0.1 px at 2.5.
+    Outside, the map is zero. MMPose reflects it there, which moves a joint 1 to 3 px from a border
+    outwards by up to 1.5 px; zeros move it inwards, by 0.3 px at a distance of 1.5, 0.1 at 2.5.
     """
     sigma, half = 0.3 * ((kernel - 1) / 2 - 1) + 0.8, kernel // 2
     x = torch.arange(-half, half + 1, device=maps.device, dtype=maps.dtype)
