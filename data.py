@@ -403,9 +403,9 @@ class Pose:
     `boxes`, from read_boxes. ViTPose tests with a detector's: with true ones AP is higher.
     """
 
-    def __init__(self, source, train, size, seed, augment=True, boxes=None):
+    def __init__(self, source, train, size, seed, augment=(0.5, 40.0), boxes=None):
         self.source, self.train, self.size, self.seed = source, train, size, seed
-        self.augment = augment
+        self.augment = augment                  # (zoom, rotation) of pose.random_view, or None
         self.truths = [persons(source.labels(i)) for i in range(len(source))]
         self.boxes = boxes or [(t["boxes"][~t["iscrowd"]], np.ones(int((~t["iscrowd"]).sum())))
                                for t in self.truths]
@@ -422,9 +422,11 @@ class Pose:
     def person(self, epoch, index):
         i, k = self.people[index]
         box, keypoints = (self.truths[i][name][k] for name in ("boxes", "keypoints"))
-        with seeded(self.seed, epoch, index):
-            centre, size, degrees, mirrored = pose.random_view(box, keypoints, *self.size)
-        if not self.augment:
+        if self.augment:
+            with seeded(self.seed, epoch, index):
+                centre, size, degrees, mirrored = pose.random_view(box, keypoints, *self.size,
+                                                                   *self.augment)
+        else:
             (centre, size), degrees, mirrored = pose.fit_box(box, *self.size), 0.0, False
         matrix = pose.affine(centre, size, *self.size, degrees)
         crop = pose.warp(self.source[i]["image"].as_subclass(torch.Tensor), matrix, *self.size)
@@ -450,15 +452,16 @@ class Pose:
                 "truth": truth | {"labels": np.full(len(truth["area"]), PERSON)}}
 
 
-def open_pose(path, size, fraction=1.0, seed=0, overfit=False, boxes=None):
+def open_pose(path, size, fraction=1.0, seed=0, overfit=False, boxes=None, augment=(0.5, 40.0)):
     """(training set of persons, validation set of photos) for pose estimation; see open_sources.
 
-    size: (H, W) of the crops; boxes: file of a detector's boxes for the validation photos.
+    size: (H, W) of the crops; boxes: file of a detector's boxes for the validation photos; augment:
+    (zoom, rotation) of pose.random_view.
     """
     keys = ["boxes", "classes", "keypoints", "masks"]
     train, val = open_sources(path, TOY_PHOTO, keys, fraction, overfit)
     found = read_boxes(boxes, val.ids) if boxes else None
-    return [Pose(train, True, size, seed, augment=not overfit),
+    return [Pose(train, True, size, seed, None if overfit else augment),
             Pose(val, False, size, seed, boxes=found)]
 
 

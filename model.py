@@ -485,13 +485,13 @@ class PoseEstimator(nn.Module):
         self.glid = GLID(config)
         self.offsets = nn.Parameter(torch.zeros(num_joints, config.dim))    # e_i of Eq. 3
         self.embed = nn.Linear(config.dim, config.dim)
-        # the paper does not say; heatmaps start near 0, which is what most of a target is, as in
-        # ViTPose. Xavier's would start them at +-sqrt(D), hundreds of steps away
-        nn.init.normal_(self.embed.weight, std=1e-3)
-        nn.init.zeros_(self.embed.bias)
+        _init(self.embed)
 
     def forward(self, images, layout):
         """Person crops, normalised float [B, 3, H, W] -> heatmaps [B, J, H / 4, W / 4], raw."""
         x, maps = self.glid.ask(images, layout, self.offsets)
         map4 = layout.to_grid(maps[0], 0)                                   # [B, h, w, D]
-        return torch.einsum("bmd,bhwd->bmhw", self.embed(x[-1]), map4)                  # Eq. 8
+        # the paper does not say; without 1 / D one step of Adam would move a heatmap, which must
+        # lie in 0..1 and has no sigmoid to hold it, by lr * D ** 2. The linear layer absorbs it
+        embedded = self.embed(x[-1]) / x.shape[-1]                          # [B, J, D]
+        return torch.einsum("bmd,bhwd->bmhw", embedded, map4)                           # Eq. 8

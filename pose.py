@@ -90,12 +90,12 @@ def warp(image, matrix, height, width):
 # Augmentation
 
 
-def random_view(box, keypoints, height, width):
+def random_view(box, keypoints, height, width, zoom=0.5, rotation=40.0):
     """ViTPose's augmentation -> centre, size, degrees, mirrored. Random numbers are torch's.
 
     box x1 y1 x2 y2; keypoints [17, 3] photo px and visibility. Shift by up to 0.2 of the box (p
-    0.3), zoom on half of the body (p 0.3), scale N(1, 0.5) and angle N(0, 40 degrees; p 0.6) within
-    two standard deviations (one for the scale), mirror (p 0.5).
+    0.3), close-up of half of the body (p 0.3), scale N(1, zoom) cut at one standard deviation,
+    angle N(0, rotation degrees) cut at two (p 0.6), mirror (p 0.5).
     """
     shifts, halves, upper, turns, mirrored, *shift = torch.rand(7).tolist()
     scale, angle = torch.randn(2).tolist()
@@ -110,8 +110,8 @@ def random_view(box, keypoints, height, width):
         points = np.asarray(keypoints)[labelled & part, :2]
         low, high = points.min(0), points.max(0)
         centre, size = fit((low + high) / 2, high - low, height, width, padding=1.5)
-    size = size * np.clip(1 + 0.5 * scale, 0.5, 1.5)
-    degrees = np.clip(40 * angle, -80, 80) if turns < 0.6 else 0.0
+    size = size * (1 + zoom * np.clip(scale, -1, 1))
+    degrees = rotation * np.clip(angle, -2, 2) if turns < 0.6 else 0.0
     return centre, size, float(degrees), mirrored < 0.5
 
 
