@@ -33,8 +33,8 @@ PRESETS = {
     # two CPU cores, about a minute; ToyWorld's people stand upright. The first gradients are 50
     # times as large as later ones: without a low --clip, Adam's second moment remembers them for
     # longer than this run lasts
-    "tiny": dict(data="toyworld", steps=400, size=[64, 48], batch_size=16, lr=2e-3,
-                 query_lr=250.0, drop_path=0.0, warmup_steps=20, workers=1, eval_every=100,
+    "tiny": dict(data="toyworld", steps=700, size=[48, 32], batch_size=16, lr=2e-3,
+                 query_lr=250.0, drop_path=0.0, warmup_steps=20, workers=1, eval_every=350,
                  clip=1e-3, zoom=0.25, rotation=10.0),
     "small": dict(drop_path=0.1),
 }

@@ -1247,8 +1247,8 @@ def test_every_parameter_learns_in_pose():
 
 
 def test_pose_heatmaps_are_equation_8():
-    """Raw dot products of the embedded queries with the 1/4 map, the e_i added to [CLS]; a smaller
-    crop in a padded batch answers as it does alone."""
+    """Dot products (over D: the mean) of the embedded queries with the 1/4 map, raw, the e_i added
+    to [CLS]; a smaller crop in a padded batch answers as it does alone."""
     net, images = noisy(pose_net()).eval(), torch.randn(2, 3, 64, 48)
     images[1, :, 48:], images[1, :, :, 32:] = 0, 0
     with torch.no_grad():
@@ -1262,7 +1262,7 @@ def test_pose_heatmaps_are_equation_8():
         x = net.embed(net.glid.decode(queries, features, alone)[-1])[0]     # [17, D]
         grid = alone.to_grid(features[0], 0)[0]                             # [24, 16, D]
         for j, y, x4 in ((0, 0, 0), (5, 20, 3), (16, 23, 15)):
-            assert_close(maps[1, j, y, x4], (x[j] * grid[y, x4]).sum(), 1e-3)
+            assert_close(maps[1, j, y, x4], (x[j] * grid[y, x4]).mean(), 1e-3)
 
 
 def test_pose_flip_test():
@@ -1274,7 +1274,7 @@ def test_pose_flip_test():
             expected = (maps[0, joint, :, column] + mirrored[0, other, :, 5 - column]) / 2
             assert_close(found[0, joint, :, column], expected, 1e-6)
     net = noisy(pose_net()).eval()                          # a mirrored crop: mirrored joints
-    args = args_for(finetune_pose, "--batch-size", 2)
+    args = args_for(finetune_pose, "--batch-size", 2, "--size", 64, 48)
     crops = torch.randint(256, (3, 3, 64, 48), dtype=torch.uint8)
     state = training.Run(torch.device("cpu"))
     a, b = (finetune_pose.predict(net, c, args, state) for c in (crops, crops.flip(3)))
@@ -1388,6 +1388,13 @@ def test_pose_detector_boxes():
             data.read_boxes(at / "none.json", [0])
         with raises(InputError, "--size 60 48", "16"), quiet():
             finetune_pose.main(args_for(finetune_pose, "--size", 60, 48, "--out", at / "odd"))
+
+
+def test_pose_flags():
+    """The paper's and ViTPose's recipe is the default."""
+    args = training.parse(finetune_pose.flags(), finetune_pose.PRESETS, ["--data", "x"])
+    assert (args.epochs, args.size, args.lr, args.batch_size) == (210, [256, 192], 5e-4, 64)
+    assert (args.sigma, args.zoom, args.rotation, args.clip) == (2, 0.5, 40, 1)
 
 
 def test_pose_schedule():
