@@ -43,7 +43,8 @@ def label_map(labels):
 def skeletons(image, keypoints, visible, at_least=320):
     """Photo uint8 [3, H, W] with persons drawn in: [3, zoom H, zoom W], small photos enlarged.
 
-    keypoints [P, 17, 2] photo px; visible bool [P, 17], the joints to draw. White bones, dots of a colour per person.
+    keypoints [P, 17, 2] photo px; visible bool [P, 17], the joints to draw. White bones, and
+    dots in a colour per person.
     """
     zoom = max(1, at_least // image.shape[2])
     image = image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
