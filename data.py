@@ -9,6 +9,7 @@ so it is the same for any number of workers or processes, and after a resume.
 Photos stay uint8 until they are on the device: a quarter of the bytes to copy and to crop.
 """
 import contextlib
+import json
 import os
 import random
 from functools import partial
@@ -21,6 +22,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
+import pose
 import toyworld
 from layout import Layout
 
@@ -147,6 +149,15 @@ class ToyWorld:
             tv_tensors.BoundingBoxes, format="XYXY", canvas_size=canvas)}
         kinds |= dict.fromkeys(("semantic", "panoptic", "masks", "depth"), tv_tensors.Mask)
         return {k: kinds[k](v) if k in kinds else v for k, v in sample.items()}
+
+    @property
+    def ids(self):
+        """Image ids, as in the files that toyexport.py writes."""
+        return list(range(len(self.samples)))
+
+    def labels(self, index):
+        """Sample `index` without its photo, at no cost."""
+        return {k: v for k, v in self.samples[index].items() if k != "image"}
 
 
 def toy_count(path, default):
@@ -494,6 +505,135 @@ def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False):
 
 # -----------------------------------------------------------------------------
 # Batches
+
+
+# -----------------------------------------------------------------------------
+# Pose
+
+
+PERSON = 0                                      # class of a person, in every source
+COCO_PERSON = 1                                 # its category id in a detector's JSON
+TOY_PHOTO = 160                                 # px: half of ToyWorld's persons are over 50 px tall
+
+
+def persons(labels):
+    """The persons among a photo's objects, numpy: boxes [P, 4], keypoints [P, 17, 3], area [P],
+    iscrowd [P] (all False if the source has no crowds). Without "area", masks are counted."""
+    area = labels["area"] if "area" in labels else labels["masks"].flatten(1).sum(1)
+    crowd = labels.get("iscrowd", torch.zeros(len(area), dtype=torch.bool))
+    found = dict(boxes=labels["boxes"], keypoints=labels["keypoints"], area=area, iscrowd=crowd)
+    rows = np.asarray(labels["classes"]) == PERSON
+    return {k: np.asarray(v)[rows] for k, v in found.items()}
+
+
+def read_boxes(path, ids):
+    """A detector's answers, COCO's results format -> per image of `ids` boxes xyxy [P, 4], scores.
+
+    JSON: a list of {"image_id", "category_id", "bbox": [x, y, w, h], "score"}. Other categories
+    than persons and other images are left out; an entry that makes no sense raises InputError.
+    """
+    try:
+        entries = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"--boxes {path}: not a readable JSON file "
+                         f"({str(error).splitlines()[0]})") from None
+    if not isinstance(entries, list):
+        raise InputError(f"--boxes {path}: not a list; COCO's results format is one list of boxes")
+    found = {i: [] for i in ids}
+    for n, entry in enumerate(entries):
+        try:
+            image, kind = entry["image_id"], entry["category_id"]
+            x, y, w, h, score = row = [float(v) for v in (*entry["bbox"], entry["score"])]
+            if not np.isfinite(row).all() or w < 0 or h < 0:
+                raise ValueError("a number is not finite, or a width or height below 0")
+            if kind == COCO_PERSON and image in found:
+                found[image].append((x, y, x + w, y + h, score))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"--boxes {path}: entry {n} is no box of COCO's results format "
+                             f"({type(error).__name__}: {error}); correct or remove it") from None
+    if not any(found.values()):
+        raise InputError(f"--boxes {path}: no person (category_id {COCO_PERSON}) in any image of "
+                         "the validation set; is it the file of this set?")
+    rows = [np.array(found[i], np.float64).reshape(-1, 5) for i in ids]
+    return [(r[:, :4], r[:, 4]) for r in rows]
+
+
+class Pose:
+    """Crops of persons. A source of photos has ids, labels(i) and [i], the labels with "image".
+
+    Training: (epoch, person) -> dict for collate(): image uint8 [3, H, W], joints float [17, 2]
+    in crop px (see pose.py), labelled bool [17]. Persons that are no crowd and have a joint.
+    Test: (epoch, photo) -> dict of all its persons, so that doubles can be told: images uint8
+    [P, 3, H, W], back [P, 2, 3] from crop to photo, area [P] of the views, scores [P] of the
+    boxes, truth for AveragePrecision, id, index. The boxes are the true ones, score 1, or
+    `boxes`, from read_boxes. ViTPose tests with a detector's: with true ones AP is higher.
+    """
+
+    def __init__(self, source, train, size, seed, augment=(0.5, 40.0), boxes=None):
+        self.source, self.train, self.size, self.seed = source, train, size, seed
+        self.augment = augment                  # (zoom, rotation) of pose.random_view, or None
+        self.truths = [persons(source.labels(i)) for i in range(len(source))]
+        self.boxes = boxes or [(t["boxes"][~t["iscrowd"]], np.ones(int((~t["iscrowd"]).sum())))
+                               for t in self.truths]
+        self.counts = [len(b) for b, _ in self.boxes]                       # persons of a photo
+        self.people = [(i, k) for i, t in enumerate(self.truths) for k in range(len(t["boxes"]))
+                       if not t["iscrowd"][k] and (t["keypoints"][k, :, 2] > 0).any()]
+
+    def __len__(self):
+        return len(self.people if self.train else self.source)
+
+    def __getitem__(self, at):
+        return self.person(*at) if self.train else self.photo(at[1])
+
+    def person(self, epoch, index):
+        i, k = self.people[index]
+        box, keypoints = (self.truths[i][name][k] for name in ("boxes", "keypoints"))
+        if self.augment:
+            with seeded(self.seed, epoch, index):
+                centre, size, degrees, mirrored = pose.random_view(box, keypoints, *self.size,
+                                                                   *self.augment)
+        else:
+            (centre, size), degrees, mirrored = pose.fit_box(box, *self.size), 0.0, False
+        matrix = pose.affine(centre, size, *self.size, degrees)
+        crop = pose.warp(self.source[i]["image"].as_subclass(torch.Tensor), matrix, *self.size)
+        joints, labelled = pose.move(matrix, keypoints[:, :2]), keypoints[:, 2] > 0
+        if mirrored:
+            crop, joints, labelled = pose.mirror(crop, joints, labelled)
+        return {"image": crop, "joints": torch.from_numpy(joints).float(),
+                "labelled": torch.from_numpy(labelled)}
+
+    def photo(self, index):
+        image, truth = self.source[index]["image"].as_subclass(torch.Tensor), self.truths[index]
+        boxes, scores = self.boxes[index]
+        crops, back, area = [torch.empty(0, 3, *self.size, dtype=torch.uint8)], [], []
+        for box in boxes:
+            centre, size = pose.fit_box(box, *self.size)
+            matrix = pose.affine(centre, size, *self.size)
+            crops.append(pose.warp(image, matrix, *self.size)[None])
+            back.append(pose.inverse(matrix))
+            area.append(size.prod())
+        return {"images": torch.cat(crops), "back": np.array(back).reshape(-1, 2, 3),
+                "area": np.array(area), "scores": scores, "index": index,
+                "id": self.source.ids[index],
+                "truth": truth | {"labels": np.full(len(truth["area"]), PERSON)}}
+
+
+def open_pose(path, size, fraction=1.0, seed=0, overfit=False, boxes=None, augment=(0.5, 40.0)):
+    """(training set of persons, validation set of photos) for pose estimation; see open_sources.
+
+    size: (H, W) of the crops; boxes: file of a detector's boxes for the validation photos; augment:
+    (zoom, rotation) of pose.random_view.
+    """
+    keys = ["boxes", "classes", "keypoints", "masks"]
+    train, val = open_sources(path, TOY_PHOTO, keys, fraction, overfit)
+    found = read_boxes(boxes, val.ids) if boxes else None
+    return [Pose(train, True, size, seed, None if overfit else augment),
+            Pose(val, False, size, seed, boxes=found)]
+
+
+def collate_photos(config, samples):
+    """Test samples of Pose -> crops of all their persons uint8 [P, 3, H, W], and the samples."""
+    return torch.cat([s.pop("images") for s in samples]), samples
 
 
 def collate_pretraining(config, samples):

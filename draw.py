@@ -5,9 +5,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.utils import draw_bounding_boxes
+from torchvision.utils import draw_bounding_boxes, draw_keypoints
 
 from data import IGNORE
+from toyworld import SKELETON
 
 
 def save_picture(rows, path, room=480):
@@ -90,3 +91,18 @@ def depth_map(depth, low, high):
     at = (depth - low) / max(high - low, 1e-9) * (len(DEPTHS) - 1)          # 0..5 on the scale
     colours = np.stack([np.interp(at, np.arange(len(DEPTHS)), c) for c in DEPTHS.T])
     return torch.from_numpy((colours * (depth > 0)).round().astype(np.uint8))
+
+
+def skeletons(image, keypoints, visible, at_least=320):
+    """Photo uint8 [3, H, W] with persons drawn in: [3, zoom H, zoom W], small photos enlarged.
+
+    keypoints [P, 17, 2] photo px; visible bool [P, 17], the joints to draw. White bones, and
+    dots in a colour per person.
+    """
+    zoom = max(1, at_least // image.shape[2])
+    image = image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    for i, (points, seen) in enumerate(zip(keypoints, visible)):
+        points, seen = (torch.as_tensor(v)[None] for v in (points * zoom, seen))
+        image = draw_keypoints(image, points, list(SKELETON), tuple(palette()[i % 250].tolist()),
+                               radius=zoom, width=zoom, visibility=seen)
+    return image

@@ -307,3 +307,18 @@ def silog_loss(prediction, target, eps=1e-3):
     # as the length of a vector, whose slope is 0, not infinite, at a perfect prediction
     parts = torch.cat([deviation.flatten(), 0.15 ** 0.5 * mean[None]])
     return 10 * torch.linalg.vector_norm(parts)
+
+
+# -----------------------------------------------------------------------------
+# Pose
+
+
+def heatmap_loss(prediction, target, weight):
+    """Smooth L1 (beta 1) of heatmaps: mean over the pixels of a joint, then over joints and images.
+
+    prediction, target: [B, J, h, w]; weight: [B, J], 0 = this joint teaches nothing. The mean is
+    over all B * J, as ViTPose's: a batch with fewer joints has a smaller loss. Finite without any
+    joint, with gradient zero. For errors below 1 it is half of ViTPose's squared error.
+    """
+    error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="none")
+    return (error.mean((2, 3)) * weight).mean()

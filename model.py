@@ -562,3 +562,23 @@ class DepthEstimator(nn.Module):
         share = logits.float().softmax(1)                   # Eq. 6: of each bin at each pixel
         # Eq. 7; not an einsum, which autocast would round to bf16: steps of 3 cm at 5 m
         return (self.bins(x)[:, :, None, None] * share).sum(1)
+
+
+class PoseEstimator(nn.Module):
+    """One query per joint; its heatmap is a dot product with the 1/4 map (Eq. 8)."""
+
+    def __init__(self, config, num_joints=17):
+        super().__init__()
+        self.glid = GLID(config)
+        self.offsets = nn.Parameter(torch.zeros(num_joints, config.dim))    # e_i of Eq. 3
+        self.embed = nn.Linear(config.dim, config.dim)
+        _init(self.embed)
+
+    def forward(self, images, layout):
+        """Person crops, normalised float [B, 3, H, W] -> heatmaps [B, J, H / 4, W / 4], raw."""
+        x, maps = self.glid.ask(images, layout, self.offsets)
+        map4 = layout.to_grid(maps[0], 0)                                   # [B, h, w, D]
+        # the paper does not say; without 1 / D one step of Adam would move a heatmap, which must
+        # lie in 0..1 and has no sigmoid to hold it, by lr * D ** 2. The linear layer absorbs it
+        embedded = self.embed(x[-1]) / x.shape[-1]                          # [B, J, D]
+        return torch.einsum("bmd,bhwd->bmhw", embedded, map4)                           # Eq. 8

@@ -34,12 +34,14 @@ import data
 import draw
 import finetune_depth
 import finetune_det
+import finetune_pose
 import finetune_seg
 import inference
 import layout
 import losses
 import metrics
 import model as M
+import pose
 import pretrain
 import toyexport
 import toyworld
@@ -47,7 +49,7 @@ import training
 from data import InputError
 from inference import at_original, instance_inference, panoptic_inference, semantic_inference
 from layout import Layout, whole
-from model import GLID, PRESETS, Config, DepthEstimator, Pretrainer, Segmenter
+from model import GLID, PRESETS, Config, DepthEstimator, PoseEstimator, Pretrainer, Segmenter
 
 HERE = Path(__file__).resolve().parent
 TINY = Config(**PRESETS["tiny"])
@@ -1981,6 +1983,415 @@ def test_depth_wrong_input():
 
 
 # -----------------------------------------------------------------------------
+# Pose
+
+
+def dots(points, size=(200, 260), radius=5.0):
+    """Black photo uint8 [3, H, W] with a soft white dot at each point (photo px: a pixel's centre
+    is at + 0.5)."""
+    y, x = np.mgrid[:size[0], :size[1]] + 0.5
+    value = sum(np.exp(-((x - px) ** 2 + (y - py) ** 2) / (2 * (radius / 2) ** 2))
+                for px, py in points)
+    return torch.from_numpy((255 * value.clip(0, 1)).round().astype(np.uint8)).expand(3, -1, -1)
+
+
+def centroid(crop):
+    """Centre of mass (x, y), the centre of a pixel at whole numbers."""
+    value = np.asarray(crop[0], np.float64)
+    y, x = np.mgrid[:value.shape[0], :value.shape[1]]
+    return np.array([(x * value).sum(), (y * value).sum()]) / value.sum()
+
+
+def test_pose_box_to_crop():
+    """The view has the crop's aspect, holds the box and is 1.25 times as large; its sides are the
+    centres of the crop's outer pixels."""
+    centre, size = pose.fit_box([10, 20, 40, 100], 256, 192)
+    assert centre.tolist() == [25, 60] and size.tolist() == [75, 100]       # 60 x 80, times 1.25
+    centre, size = pose.fit_box([0, 0, 90, 30], 256, 192)
+    assert np.allclose(size, [112.5, 150])
+    matrix = pose.affine(centre, size, 256, 192)
+    corners = np.array([centre - size / 2, centre + size / 2])
+    assert np.allclose(pose.move(matrix, corners), [[0, 0], [191, 255]])
+    assert np.isfinite(pose.inverse(pose.affine(*pose.fit_box([5, 5, 5, 5], 64, 48), 64, 48))).all()
+
+
+def test_pose_warp_lands_where_the_joints_say():
+    """Crop -> photo -> crop is exact; a dot in the photo appears where its joint is mapped to,
+    turned, enlarged and shrunk; so does its mirror image, under the other side's name."""
+    generator = np.random.default_rng(0)
+    for extent, degrees in ((60, 0), (60, 30), (20, -80), (150, 45), (500, 10), (900, -25)):
+        at = np.array([130.3, 100.8])
+        centre, size = pose.fit(at + generator.uniform(-3, 3, 2), (extent, 1.2 * extent), 96, 72)
+        matrix = pose.affine(centre, size, 96, 72, degrees)
+        points = generator.uniform(0, 72, (50, 2))
+        there_and_back = pose.move(matrix, pose.move(pose.inverse(matrix), points))
+        assert np.abs(there_and_back - points).max() < 1e-6
+        image = dots([at], radius=max(5, extent / 12))
+        crop = pose.warp(image, matrix, 96, 72)
+        expected = pose.move(matrix, at[None])
+        assert crop.shape == (3, 96, 72)
+        assert np.abs(centroid(crop) - expected).max() < 0.06, (extent, degrees)
+        # the dot marks the left wrist: in the mirror that is the right one
+        joints, labelled = np.zeros((17, 2)), np.arange(17) == 9
+        joints[9] = expected
+        crop, joints, labelled = pose.mirror(crop, joints, labelled)
+        assert labelled.nonzero()[0].tolist() == [10]
+        assert np.abs(centroid(crop) - joints[10]).max() < 0.06
+    # right is right: the dot is right of the centre and a clockwise quarter turn brings it below
+    matrix = pose.affine(np.array([100, 100]), np.array([95.0, 95]), 96, 96, 90)
+    assert np.allclose(pose.move(matrix, np.array([[110.0, 100]])), [[47.5, 57.5]])
+
+
+def test_pose_warp_borders_and_aliasing():
+    """Black outside the photo; a fine pattern that a small crop cannot show becomes grey."""
+    white = torch.full((3, 50, 50), 255, dtype=torch.uint8)
+    crop = pose.warp(white, pose.affine(np.array([0, 25]), np.array([60, 80]), 64, 48), 64, 48)
+    assert not crop[:, :, :22].any() and (crop[:, 20:44, 26:40] == 255).all()
+    stripes = white.clone().repeat(1, 8, 8)
+    stripes[:, :, ::2] = 0
+    crop = pose.warp(stripes, pose.affine(*pose.fit_box([0, 0, 400, 400], 64, 48), 64, 48), 64, 48)
+    inner = crop[:, 24:40, 12:36].float()
+    assert (inner - 127.5).abs().max() < 32
+
+
+def test_pose_augmentation_follows_vitpose():
+    """The shares and the spread of the random views, and views of half a body."""
+    box, keypoints = np.array([100.0, 50, 190, 170]), np.full((17, 3), 2.0)
+    keypoints[:, 0] = np.linspace(110, 180, 17)
+    keypoints[:, 1] = np.linspace(60, 160, 17)
+    _, whole_size = pose.fit_box(box, 64, 48)
+    def views(keypoints, count=1500):
+        for i in range(count):
+            with data.seeded(7, i):
+                yield pose.random_view(box, keypoints, 64, 48)
+    keypoints[8:, 2] = 0                                    # 8 joints: too few to cut in half
+    centre, size, degrees, mirrored = map(np.array, zip(*views(keypoints)))
+    shift, scale = (centre - [145, 110]) / [90, 120], size[:, 0] / whole_size[0]
+    moved = (shift != 0).any(1)
+    assert abs(moved.mean() - 0.3) < 0.04 and abs(mirrored.mean() - 0.5) < 0.04
+    assert 0.19 < np.abs(shift).max() <= 0.2 and abs(shift[moved].mean()) < 0.02
+    assert scale.min() == 0.5 and scale.max() == 1.5 and abs(scale.mean() - 1) < 0.04
+    inside = scale[(scale > 0.5) & (scale < 1.5)]
+    assert abs(len(inside) / len(scale) - 0.683) < 0.04     # one standard deviation
+    turned = degrees != 0
+    assert abs(turned.mean() - 0.6) < 0.04 and np.abs(degrees).max() == 80
+    assert abs((np.abs(degrees[turned]) < 40).mean() - 0.683) < 0.05
+    keypoints[:, 2] = 2
+    centre = np.array([v[0] for v in views(keypoints)])
+    upper, lower = ((np.abs(centre - (a + b) / 2) < 1e-6).all(1).mean()
+                    for a, b in ((keypoints[0, :2], keypoints[10, :2]),
+                                 (keypoints[11, :2], keypoints[16, :2])))
+    assert abs(upper - 0.15) < 0.03 and abs(lower - 0.15) < 0.03
+
+
+def test_pose_targets():
+    """Height 1 at the joint, between pixels too; sigma in heatmap px; no weight without a label or
+    outside the map."""
+    joints = torch.tensor([[[31.5, 21.0], [63.0, 0], [-4.0, 9.0], [63.0, 80.0], [10.0, 10.0]]])
+    labelled = torch.tensor([[True, True, True, True, False]])
+    maps, weight = pose.heatmap_targets(joints, labelled, (64, 64), (16, 16), sigma=2.0)
+    assert weight.tolist() == [[1, 1, 0, 0, 0]] and not maps[0, 2:].any()
+    x, y = 31.5 * 15 / 63, 21.0 * 15 / 63                   # 7.5, 5
+    for row, column in ((5, 7), (5, 8), (3, 4), (15, 0)):
+        expected = math.exp(-((column - x) ** 2 + (row - y) ** 2) / 8)
+        assert abs(maps[0, 0, row, column].item() - expected) < 1e-6
+    assert maps[0, 1, 0, 15] == 1 and maps[0, 1].max() == 1
+
+
+def test_pose_decoding():
+    """Sub-pixel places of Gaussians come back, near the border within 1.5 px of the map; maps
+    without a peak give something finite inside the map."""
+    generator = torch.Generator().manual_seed(0)
+    crop, size, at = (256, 192), (64, 48), torch.rand(8, 17, 2, generator=generator)
+    joints = at * torch.tensor([191.0, 255.0])
+    maps, weight = pose.heatmap_targets(joints, torch.ones(8, 17), crop, size)
+    found, score = pose.decode(0.7 * maps, crop)
+    error = (found - joints).abs() * torch.tensor([47 / 191, 63 / 255])     # heatmap px
+    inner = ((at - 0.5).abs() * torch.tensor([47, 63]) < torch.tensor([19, 27])).all(-1)
+    assert weight.all() and 40 < inner.sum() and error[inner].max() < 0.05 and error.max() < 1.5
+    assert 0.6 < score.min() and score.max() <= 0.7
+    for flat in (torch.zeros(1, 17, 64, 48), torch.ones(1, 17, 64, 48), -torch.rand(1, 17, 64, 48),
+                 torch.rand(1, 17, 64, 48, generator=generator)):
+        found, _ = pose.decode(flat, crop)
+        assert found.isfinite().all() and (found > -5).all()
+        assert (found < torch.tensor([196.0, 260.0])).all()
+    saddle = torch.zeros(1, 1, 64, 48)
+    saddle[0, 0, 30, 20:30] = 1                             # a ridge: the first pixel, no wild step
+    assert (pose.decode(saddle, crop)[0][0, 0] / 4 - torch.tensor([20.0, 30])).abs().max() < 1.6
+
+
+def test_heatmap_loss_by_loops():
+    """Smooth L1 by its definition, weighted mean over all joints; gradients by differences; zero,
+    and still in the graph, when nobody has a joint."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (2 * torch.randn(2, 3, 4, 5, generator=generator) for _ in "ab")
+    weight = torch.tensor([[1.0, 0, 1], [0, 1, 1]])
+    total = 0
+    for i, j in itertools.product(range(2), range(3)):
+        e = (a[i, j] - b[i, j]).abs()
+        total += weight[i, j] * sum(v * v / 2 if v < 1 else v - 0.5 for v in e.flatten()) / 20
+    assert_close(losses.heatmap_loss(a, b, weight), total / 6, 1e-6)
+    assert losses.heatmap_loss(a.bfloat16(), b, weight).dtype == torch.float32
+    a.requires_grad_(True)
+    losses.heatmap_loss(a, b, weight).backward()
+    for at in ((0, 0, 1, 2), (1, 2, 3, 4), (0, 1, 0, 0)):
+        step = torch.zeros_like(a)
+        step[at] = 1e-2
+        with torch.no_grad():
+            up, down = (losses.heatmap_loss(a + s, b, weight).item() for s in (step, -step))
+        assert abs((up - down) / 2e-2 - a.grad[at].item()) < 1e-4
+    a.grad = None
+    nothing = losses.heatmap_loss(a, b, 0 * weight)
+    nothing.backward()
+    assert nothing == 0 and not a.grad.any()
+
+
+def pose_net(seed=0):
+    torch.manual_seed(seed)
+    net = PoseEstimator(TINY)
+    torch.nn.init.normal_(net.offsets)
+    return net
+
+
+def test_every_parameter_learns_in_pose():
+    """With joints all parameters; without any the loss is finite and gradients are there."""
+    net, images = pose_net(), torch.randn(2, 3, 64, 48)
+    target, weight = pose.heatmap_targets(60 * torch.rand(2, 17, 2), torch.ones(2, 17), (64, 48),
+                                          (32, 24))
+    maps = net(images, whole(TINY, images))
+    assert maps.shape == (2, 17, 32, 24)
+    assert not without_gradient(net, losses.heatmap_loss(maps, target, weight))
+    net.zero_grad()
+    loss = losses.heatmap_loss(net(images, whole(TINY, images)), target, 0 * weight)
+    loss.backward()
+    assert loss == 0 and all(p.grad is not None and p.grad.isfinite().all()
+                             for p in net.parameters())
+
+
+def test_pose_heatmaps_are_equation_8():
+    """Dot products (over D: the mean) of the embedded queries with the 1/4 map, raw, the e_i added
+    to [CLS]; a smaller crop in a padded batch answers as it does alone."""
+    net, images = noisy(pose_net()).eval(), torch.randn(2, 3, 64, 48)
+    images[1, :, 48:], images[1, :, :, 32:] = 0, 0
+    with torch.no_grad():
+        tokens = Layout(TINY, torch.tensor([[64, 48], [48, 32]]))
+        maps = net(images, tokens)
+        small = images[1:, :, :48, :32]
+        alone = whole(TINY, small)
+        assert_close(maps[1:, :, :24, :16], net(small, alone), 1e-4)
+        features = net.glid.encode(small, alone)
+        queries = (net.glid.decoder.cls + net.offsets)[None]
+        x = net.embed(net.glid.decode(queries, features, alone)[-1])[0]     # [17, D]
+        grid = alone.to_grid(features[0], 0)[0]                             # [24, 16, D]
+        for j, y, x4 in ((0, 0, 0), (5, 20, 3), (16, 23, 15)):
+            assert_close(maps[1, j, y, x4], (x[j] * grid[y, x4]).mean(), 1e-3)
+
+
+def test_pose_flip_test():
+    """By hand: mean of the answer and the mirrored crop's, columns and sides swapped back."""
+    maps, mirrored = torch.rand(2, 1, 17, 8, 6)
+    found = pose.flip_average(maps, mirrored)
+    for joint, other in ((0, 0), (9, 10), (10, 9), (16, 15)):
+        for column in range(6):
+            expected = (maps[0, joint, :, column] + mirrored[0, other, :, 5 - column]) / 2
+            assert_close(found[0, joint, :, column], expected, 1e-6)
+    net = noisy(pose_net()).eval()                          # a mirrored crop: mirrored joints
+    args = args_for(finetune_pose, "--batch-size", 2, "--size", 64, 48)
+    crops = torch.randint(256, (3, 3, 64, 48), dtype=torch.uint8)
+    state = training.Run(torch.device("cpu"))
+    a, b = (finetune_pose.predict(net, c, args, state) for c in (crops, crops.flip(3)))
+    assert np.allclose(a[1], b[1][:, list(toyworld.FLIP)], atol=1e-4)
+    swapped = np.stack([47 - b[0][..., 0], b[0][..., 1]], -1)[:, list(toyworld.FLIP)]
+    assert (np.abs(a[0] - swapped) < 0.01).mean() > 0.95    # but for ties
+    assert finetune_pose.predict(net, crops[:0], args, state)[0].shape == (0, 17, 2)
+
+
+def test_pose_rescoring_and_doubles():
+    """By hand: box score x mean of the sure joints; of two persons at one place the better stays,
+    judged at the mean of their areas."""
+    joint = np.array([[0.9, 0.5, 0.2, 0.1], [0.1, 0.1, 0.0, 0.2]])
+    assert np.allclose(pose.rescore(np.array([0.5, 1.0]), joint), [0.35, 0])
+    base = np.random.default_rng(0).uniform(0, 100, (17, 2))
+    areas = np.array([1e4, 3e4, 1e4, 1e4])
+    # shift every joint so far that exp(-d^2 / (2 area (2 sigma)^2)) is the wanted similarity
+    def moved(similarity, area, sign=1):
+        d = sign * np.sqrt(-2 * area * np.log(similarity)) * 2 * metrics.OKS_SIGMAS
+        return base + np.column_stack([d, 0 * d])
+    joints = np.stack([base, moved(0.91, 2e4), moved(0.89, 1e4, -1), base + 500])
+    assert pose.oks_nms(joints, np.array([0.9, 0.8, 0.95, 0.1]), areas).tolist() == [2, 0, 3]
+    assert pose.oks_nms(joints, np.array([0.5, 0.8, 0.2, 0.9]), areas).tolist() == [3, 1, 2]
+    assert pose.oks_nms(joints[:0], np.zeros(0), areas[:0]).tolist() == []
+
+
+def test_perfect_heatmaps_score_1():
+    """The true heatmaps of ToyWorld through decoding, photo px, rescoring, doubles and COCO's
+    metric: AP 1; and the training crops hold the same joints."""
+    train, val = data.open_pose("toyworld:16", (128, 96), overfit=True)
+    metric, seen = metrics.AveragePrecision("keypoint", [0]), 0
+    for i in range(len(val)):
+        photo, truth = val[(0, i)], val.truths[i]
+        joints = pose.move(pose.inverse(photo["back"]), truth["keypoints"][..., :2].astype(float))
+        maps, inside = pose.heatmap_targets(torch.from_numpy(joints), torch.ones(len(joints), 17),
+                                            (128, 96), (64, 48), sigma=1.5)
+        truth["keypoints"][..., 2] *= inside.numpy()        # a joint outside the crop has no peak
+        found, score = pose.decode(maps, (128, 96))
+        for k in range(len(joints)):                        # without augmentation: the same crop
+            at = train.people.index((i, k))
+            assert torch.equal(train[(0, at)]["image"], photo["images"][k])
+            assert torch.allclose(train[(0, at)]["joints"], torch.from_numpy(joints[k]).float())
+        answer = finetune_pose.answer(photo, found.numpy(), score.numpy())
+        metric.update(photo["id"], answer, photo["truth"])
+        seen += len(joints)
+    assert seen > 10 and metric.result()["AP"] > 0.999, metric.result()
+
+
+def test_pose_samples():
+    """Pure functions of (seed, epoch, index); crowds and persons without joints teach nothing, but
+    are in the truth; each labelled joint of a crop lies on the pixels it lay on in the photo."""
+    class Source:
+        ids = [41, 42]
+        def __len__(self):
+            return 2
+        def labels(self, i):
+            keypoints = torch.zeros(4, 17, 3)
+            keypoints[:, 5] = keypoints[:, 9] = torch.tensor([100.0, 80.0, 2.0])
+            keypoints[1, :, 2] = 0
+            return dict(boxes=torch.tensor([[80.0, 60, 120, 110]] * 4), keypoints=keypoints,
+                        classes=torch.tensor([0, 0, 3, 0]), area=torch.full((4,), 900.0),
+                        iscrowd=torch.tensor([False, False, False, True]))
+        def __getitem__(self, i):
+            return self.labels(i) | {"image": dots([(100, 80)])}
+    train, val = (data.Pose(Source(), t, (64, 48), 3) for t in (True, False))
+    assert train.people == [(0, 0), (1, 0)] and val.counts == [2, 2] and len(train) == 2
+    photo = val[(0, 1)]
+    assert photo["id"] == 42 and photo["truth"]["iscrowd"].tolist() == [False, False, True]
+    assert photo["images"].shape == (2, 3, 64, 48) and photo["truth"]["labels"].tolist() == [0] * 3
+    names = set()
+    for epoch in range(12):
+        a, b = train[(epoch, 0)], train[(epoch, 0)]
+        assert all(torch.equal(a[k], b[k]) for k in a)
+        names.add(tuple(a["labelled"].nonzero()[:, 0].tolist()))
+        joint = a["joints"][a["labelled"]][0].numpy()
+        if (joint > 8).all() and (joint < [39, 55]).all():
+            assert np.abs(centroid(a["image"]) - joint).max() < 0.3
+    assert names == {(5, 9), (6, 10)} and not torch.equal(a["joints"], train[(0, 0)]["joints"])
+
+
+def test_pose_detector_boxes():
+    """A detector's file: xywh -> xyxy, other categories and photos left out; what is wrong with it
+    is said in one line."""
+    good = {"image_id": 0, "category_id": 1, "bbox": [1, 2, 30, 40], "score": 0.5}
+    with folder() as at:
+        path = at / "boxes.json"
+        path.write_text(json.dumps([good, good | {"category_id": 3}, good | {"image_id": 9},
+                                    good | {"image_id": 2, "score": 1}]))
+        found = data.read_boxes(path, [0, 1, 2])
+        assert [len(b) for b, _ in found] == [1, 0, 1] and found[0][0].tolist() == [[1, 2, 31, 42]]
+        assert found[2][1].tolist() == [1]
+        val = data.open_pose("toyworld:3", (64, 48), boxes=path)[1]
+        photos = [val[(0, i)] for i in range(3)]
+        assert [len(p["images"]) for p in photos] == [1, 0, 1] == val.counts
+        assert photos[0]["scores"].tolist() == [0.5] and len(photos[1]["truth"]["boxes"]) > 0
+        crops, _ = data.collate_photos(TINY, photos)
+        assert crops.shape == (2, 3, 64, 48)
+        for bad, word in ((good | {"bbox": [1, 2, 3]}, "entry 1"), (7, "entry 1"),
+                          (good | {"bbox": [1, 2, -3, 4]}, "entry 1"),
+                          (good | {"score": math.nan}, "entry 1"),
+                          (good | {"score": "high"}, "entry 1"),
+                          ({"image_id": 0}, "entry 1"), (good | {"image_id": [0]}, "entry 1")):
+            path.write_text(json.dumps([good, bad]))
+            with raises(InputError, "--boxes", "boxes.json", word):
+                data.read_boxes(path, [0, 1, 2])
+        for text, word in (("[", "JSON"), ("{}", "list"), ("[]", "no person")):
+            path.write_text(text)
+            with raises(InputError, "--boxes", word):
+                data.read_boxes(path, [0, 1, 2])
+        with raises(InputError, "--boxes", "none.json"):
+            data.read_boxes(at / "none.json", [0])
+        with raises(InputError, "--size 60 48", "16"), quiet():
+            finetune_pose.main(args_for(finetune_pose, "--size", 60, 48, "--out", at / "odd"))
+
+
+def test_pose_flags():
+    """The paper's and ViTPose's recipe is the default."""
+    args = training.parse(finetune_pose.flags(), finetune_pose.PRESETS, ["--data", "x"])
+    assert (args.epochs, args.size, args.lr, args.batch_size) == (210, [256, 192], 5e-4, 64)
+    assert (args.sigma, args.zoom, args.rotation, args.clip) == (2, 0.5, 40, 1)
+
+
+def test_pose_schedule():
+    """Warm-up from a thousandth, then x0.1 at 170 / 210 and 200 / 210 of the run."""
+    values = [training.multistep(s, 210, finetune_pose.DROPS, 10) for s in range(210)]
+    assert abs(values[0] - 1e-3) < 1e-12 and abs(values[5] - 0.5005) < 1e-12
+    assert values[10] == values[169] == 1
+    assert np.allclose(values[170:200], 0.1) and np.allclose(values[200:], 0.01)
+
+
+def test_pose_resumes_exactly():
+    """Stopped after 2 of 4 steps, with augmentation and drop path."""
+    with folder() as at, quiet():
+        flags = ["--data", "toyworld:8", "--batch-size", 4, "--workers", 0, "--save-every", 2,
+                 "--steps", 4, "--eval-every", 4, "--warmup-steps", 2, "--drop-path", 0.2]
+        finetune_pose.main(args_for(finetune_pose, *flags, "--out", at / "whole"))
+        real = checkpoints.keep
+        def stop_after(*a, **k):
+            real(*a, **k)
+            if a[4] == 2:
+                raise KeyboardInterrupt
+        checkpoints.keep = stop_after
+        try:
+            finetune_pose.main(args_for(finetune_pose, *flags, "--out", at / "part"))
+        except KeyboardInterrupt:
+            pass
+        finally:
+            checkpoints.keep = real
+        finetune_pose.main(args_for(finetune_pose, *flags, "--out", at / "part", "--resume"))
+        assert differences(at / "whole/last.pt", at / "part/last.pt") == 0
+
+
+def test_two_processes_share_photos():
+    """Every photo once, on one process, lists of about a batch of persons; the merged metric of
+    two halves is that of the whole, doubles decided inside a photo."""
+    counts = [3, 0, 5, 1, 1, 9, 0, 0, 2]
+    shares = []
+    for rank in range(2):
+        args, state = args_for(finetune_pose), training.Run(torch.device("cpu"), rank, 2)
+        args.batch_size = 4
+        lists = training.share_crowded(counts, args, state)
+        assert all(len(x) == 1 or sum(counts[i] for _, i in x) <= 4 for x in lists)
+        shares.append([i for x in lists for _, i in x])
+    assert sorted(shares[0] + shares[1]) == list(range(9)) and shares[0] == [0, 2, 4, 6, 8]
+    val = data.open_pose("toyworld:7", (64, 48), overfit=True)[1]
+    offsets = np.random.default_rng(0).normal(0, 2, (sum(val.counts), 17, 2))
+    known, parts, net = {}, [], PoseEstimator(TINY)         # the truth, shaken, by crop
+    for i in range(len(val)):
+        photo = val[(0, i)]
+        at = pose.move(pose.inverse(photo["back"]), val.truths[i]["keypoints"][..., :2])
+        for crop, joints in zip(photo["images"], at):
+            known[crop.numpy().tobytes()] = joints + offsets[len(known)]
+    class Half(training.Run):
+        def merged(self, metric):
+            parts.append(metric)
+            return metric
+    def exact(model, crops, args, state):
+        keys = [c.numpy().tobytes() for c in crops]
+        return np.array([known[k] for k in keys]).reshape(-1, 17, 2), np.full((len(keys), 17), 0.5)
+    real, finetune_pose.predict = finetune_pose.predict, exact
+    try:
+        args = args_for(finetune_pose, "--workers", 0, "--batch-size", 2)
+        for world in (1, 2):
+            for rank in range(world):
+                state = Half(torch.device("cpu"), rank, world)
+                finetune_pose.evaluate(net, val, args, state)
+    finally:
+        finetune_pose.predict = real
+    one, first, second = parts
+    assert len(one.images) == 7 and len(first.images) == 4 and len(second.images) == 3
+    first.merge(second)
+    assert first.result() == one.result() and 0.05 < one.result()["AP"] < 0.999
+
+
+# -----------------------------------------------------------------------------
 # Schedules, optimiser, checkpoints
 
 
@@ -2181,6 +2592,7 @@ FINETUNING = {
     finetune_seg: ["--points", 64, "--tasks", "semantic,instance,panoptic"],
     finetune_det: ["--queries", 12, "--many-queries", 24],
     finetune_depth: [],
+    finetune_pose: [],
 }
 
 

@@ -90,6 +90,8 @@ def add_finetune_flags(parser):
     add("--data-fraction", type=SHARE, default=1.0, help="share of the training set (Table 8)")
     add("--backbone-lr", type=number(float, 0), help="lr of the backbone, times --lr")
     add("--query-lr", type=number(float, 0), default=1.0, help="lr of the e_i, times --lr")
+    add("--overfit", action="store_true", help="train and validate on the same images, not "
+        "augmented: the code must reach a near-perfect metric")
 
 
 def parse(parser, presets, argv=None):
@@ -282,6 +284,19 @@ def share(length, args, state):
     return [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
 
 
+def share_crowded(counts, args, state):
+    """The same for samples of counts[i] persons each: about --batch-size persons a list, so that
+    memory is bounded by that and the most crowded photo."""
+    lists, persons = [], math.inf
+    for i in range(state.rank, len(counts), state.world):
+        if persons + counts[i] > args.batch_size:
+            lists.append([])
+            persons = 0
+        lists[-1].append((0, i))
+        persons += max(1, counts[i])                        # a photo of nobody is still read
+    return lists
+
+
 def steps_per_epoch(length, args, state, what):
     total = args.batch_size * state.world * args.accumulate
     if length < total:
@@ -386,9 +401,10 @@ def poly(step, total, power=0.9):
     return (1 - step / total) ** power
 
 
-def multistep(step, total, milestones, factor=0.1):
-    """1, times `factor` at each milestone, a fraction of the schedule (DETR, ViTPose)."""
-    return factor ** sum(step >= m * total for m in milestones)
+def multistep(step, total, milestones, warmup=0):
+    """Linear warm-up from 0.001; x 0.1 at each milestone, a share of the run (DETR, ViTPose)."""
+    drop = 0.1 ** sum(step >= m * total for m in milestones)
+    return drop * (1e-3 + (1 - 1e-3) * min(1, step / warmup)) if warmup else drop
 
 
 def one_cycle(step, total, rise=0.3, start=25, end=100):

@@ -1,0 +1,219 @@
+"""
+Between a person's box in a photo and the person's joints in the photo: top-down pose estimation.
+
+    box -> view (centre, size, angle) -> affine map -> crop -> [network] -> heatmaps -> joints
+
+Two kinds of coordinates, both (x, y) in px, both float:
+    photo  as boxes: pixel i covers [i, i + 1), its centre is at i + 0.5
+    crop   the centre of pixel i is at i, and a length is counted in intervals (W - 1), not pixels:
+           "unbiased data processing" (UDP, Huang et al. 2020). The box's left edge is the centre of
+           the crop's first column, its right edge that of the last, and a heatmap's corner pixels
+           are the crop's corner pixels. So a mirrored crop or map is exactly u -> W - 1 - u, and
+           averaging with it needs no shift.
+Augmentation, targets and scores are ViTPose's (MMPose's), which the paper follows. P persons, J
+joints, H W crop, h w heatmap.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from metrics import OKS_SIGMAS, keypoint_overlaps
+from toyworld import FLIP
+
+PADDING = 1.25                      # room around the box
+UPPER, LOWER = np.arange(17) < 11, np.arange(17) >= 11      # nose to wrists, hips to ankles
+
+# -----------------------------------------------------------------------------
+# Box to crop
+
+
+def fit(centre, extent, height, width, padding=PADDING):
+    """Smallest view with the crop's aspect around extent = (w, h) px, times the padding.
+
+    Returns centre [2], size [2] = (w, h), float64 photo px; at least 1 px, so that no box is flat.
+    """
+    w, h = np.maximum(np.asarray(extent, np.float64), 1)
+    w = max(w, h * width / height)
+    return np.asarray(centre, np.float64), padding * np.array([w, w * height / width])
+
+
+def fit_box(box, height, width):
+    """Box x1 y1 x2 y2 -> view (centre, size) that holds it, x1.25."""
+    box = np.asarray(box, np.float64)
+    return fit((box[:2] + box[2:]) / 2, box[2:] - box[:2], height, width)
+
+
+def affine(centre, size, height, width, degrees=0.0):
+    """Matrix [2, 3] from photo to crop coordinates.
+
+    The photo is turned by `degrees` (clockwise as seen) about the centre; then a view of `size` px
+    becomes the crop's (W - 1, H - 1) intervals.
+    """
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    last = np.array([width - 1, height - 1])
+    linear = (last / size)[:, None] * np.array([[c, -s], [s, c]])
+    return np.column_stack([linear, last / 2 - linear @ centre])
+
+
+def inverse(matrix):
+    """Matrix [..., 2, 3] from crop back to photo coordinates."""
+    linear = np.linalg.inv(matrix[..., :2])
+    return np.concatenate([linear, -linear @ matrix[..., 2:]], -1)
+
+
+def move(matrix, points):
+    """Apply [..., 2, 3] to points [..., N, 2]."""
+    return points @ np.swapaxes(matrix[..., :2], -1, -2) + matrix[..., None, :, 2]
+
+
+def warp(image, matrix, height, width):
+    """uint8 [3, H0, W0] -> crop uint8 [3, H, W], black outside the photo, bilinear.
+
+    A person larger than the crop is first shrunk by a whole factor with a box filter (PIL's
+    reduce); what remains, less than 2, is bilinear's. Without it, fine texture would alias.
+    """
+    photo = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    back = inverse(matrix)
+    # photo px per crop px; the epsilon keeps an exact 2 a 2
+    factor = max(1, int(np.linalg.norm(back[:, :2], axis=0).min() + 1e-6))
+    if factor > 1:
+        photo, back = photo.reduce(factor), back / factor
+    # PIL hands in the centre of output pixel i as i + 0.5, crop coordinates call it i
+    back[:, 2] -= back[:, :2].sum(1) / 2
+    crop = photo.transform((width, height), Image.Transform.AFFINE, back.ravel().tolist(),
+                           Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
+
+
+# -----------------------------------------------------------------------------
+# Augmentation
+
+
+def random_view(box, keypoints, height, width, zoom=0.5, rotation=40.0):
+    """ViTPose's augmentation -> centre, size, degrees, mirrored. Random numbers are torch's.
+
+    box x1 y1 x2 y2; keypoints [17, 3] photo px and visibility. Shift by up to 0.2 of the box (p
+    0.3), close-up of half of the body (p 0.3), scale N(1, zoom) cut at one standard deviation,
+    angle N(0, rotation degrees) cut at two (p 0.6), mirror (p 0.5).
+    """
+    shifts, halves, upper, turns, mirrored, *shift = torch.rand(7).tolist()
+    scale, angle = torch.randn(2).tolist()
+    centre, size = fit_box(box, height, width)
+    if shifts < 0.3:
+        centre = centre + 0.4 * (np.array(shift) - 0.5) * (np.subtract(box[2:], box[:2]))
+    labelled = np.asarray(keypoints)[:, 2] > 0
+    if labelled.sum() >= 9 and halves < 0.3:
+        # an even chance for either half, as meant; MMPose draws from a normal distribution here,
+        # so that it takes the upper body in 69 % of the cases
+        part = UPPER if upper < 0.5 or (labelled & LOWER).sum() <= 2 else LOWER
+        points = np.asarray(keypoints)[labelled & part, :2]
+        low, high = points.min(0), points.max(0)
+        centre, size = fit((low + high) / 2, high - low, height, width, padding=1.5)
+    size = size * (1 + zoom * np.clip(scale, -1, 1))
+    degrees = rotation * np.clip(angle, -2, 2) if turns < 0.6 else 0.0
+    return centre, size, float(degrees), mirrored < 0.5
+
+
+def mirror(crop, joints, labelled):
+    """Crop uint8 [3, H, W], joints [J, 2] in it, labelled [J], all seen in a mirror: what was the
+    left wrist is now called the right one."""
+    joints = np.stack([crop.shape[2] - 1 - joints[:, 0], joints[:, 1]], 1)
+    return crop.flip(2), joints[list(FLIP)], labelled[list(FLIP)]
+
+
+# -----------------------------------------------------------------------------
+# Heatmaps
+
+
+def heatmap_targets(joints, labelled, crop, size, sigma=2.0):
+    """What the network should answer: a Gaussian of height 1 at each joint.
+
+    joints [B, J, 2] crop px; labelled [B, J]; crop (H, W); size (h, w) of the map; sigma in
+    heatmap px. Centres are not rounded. Returns maps [B, J, h, w] and weights [B, J], 0 for a joint
+    that has no label or lies outside the map: there is no peak that could be asked for.
+    ViTPose cuts the tails beyond 3 sigma (below 0.011); here they stay.
+    """
+    (h, w), device = size, joints.device
+    last = torch.tensor([w - 1, h - 1], device=device)
+    at = joints.float() * last / torch.tensor([crop[1] - 1, crop[0] - 1], device=device)
+    inside = ((at > -0.5) & (at < last + 0.5)).all(-1)                      # [B, J]
+    x, y = (torch.exp(-(torch.arange(n, device=device) - c[..., None]) ** 2 / (2 * sigma ** 2))
+            for n, c in ((w, at[..., 0]), (h, at[..., 1])))                 # [B, J, w], [B, J, h]
+    weight = (labelled.bool() & inside).float()
+    return y[..., :, None] * x[..., None, :] * weight[..., None, None], weight
+
+
+def flip_average(maps, mirrored):
+    """Flip test: mean of heatmaps [B, J, h, w] and those of the mirrored crops, mirrored back."""
+    return (maps + mirrored.flip(3)[:, list(FLIP)]) / 2
+
+
+def blurred(maps, kernel=11):
+    """Gaussian blur [N, h, w] -> [N, h + 2, w + 2], one pixel more on each side, so that a peak on
+    the border has neighbours. OpenCV's sigma for the kernel's width (11 px: 2.0).
+
+    Outside, the map is zero. MMPose reflects it there, which moves a joint 1 to 3 px from a border
+    outwards by up to 1.5 px; zeros move it inwards, by 0.3 px at a distance of 1.5, 0.1 at 2.5.
+    """
+    sigma, half = 0.3 * ((kernel - 1) / 2 - 1) + 0.8, kernel // 2
+    x = torch.arange(-half, half + 1, device=maps.device, dtype=maps.dtype)
+    weight = torch.exp(-x ** 2 / (2 * sigma ** 2))
+    weight = weight / weight.sum()
+    maps = F.pad(maps[:, None], (half + 1,) * 4)
+    return F.conv2d(F.conv2d(maps, weight.view(1, 1, 1, -1)), weight.view(1, 1, -1, 1))[:, 0]
+
+
+def decode(maps, crop):
+    """Heatmaps [B, J, h, w] -> joints [B, J, 2] in crop px (H, W) and scores [B, J].
+
+    DARK (Zhang et al. 2020) with UDP: the logarithm of a Gaussian is a parabola, so one Newton step
+    from the highest pixel of the blurred map's logarithm finds its top exactly. The step is at most
+    a pixel a side, and none where there is no top (a flat map). The score is the highest value.
+    """
+    b, j, h, w = maps.shape
+    maps = maps.float().flatten(0, 1)                                       # [N = B * J, h, w]
+    score, place = maps.flatten(1).max(1)
+    y, x = place // w, place % w
+    log = blurred(maps).clamp(1e-3, 50).log()                               # MMPose's bounds
+    near = lambda dy, dx: log[torch.arange(b * j, device=maps.device), y + 1 + dy, x + 1 + dx]
+    centre, dx = near(0, 0), (near(0, 1) - near(0, -1)) / 2
+    dy = (near(1, 0) - near(-1, 0)) / 2
+    xx, yy = (near(*p) + near(*m) - 2 * centre
+              for p, m in (((0, 1), (0, -1)), ((1, 0), (-1, 0))))
+    xy = (near(1, 1) + near(-1, -1) - near(1, -1) - near(-1, 1)) / 4
+    determinant = xx * yy - xy ** 2
+    top = (determinant > 1e-9) & (xx < 0)                                   # negative definite
+    step = torch.stack([xy * dy - yy * dx, xy * dx - xx * dy], 1) / determinant[:, None]
+    step = torch.where(top[:, None], step.clamp(-1, 1), 0)
+    at = torch.stack([x, y], 1) + step                                      # [N, 2] heatmap px
+    scale = torch.tensor([(crop[1] - 1) / (w - 1), (crop[0] - 1) / (h - 1)], device=maps.device)
+    return (at * scale).view(b, j, 2), score.view(b, j)
+
+
+# -----------------------------------------------------------------------------
+# The persons of one photo
+
+
+def rescore(box_scores, joint_scores):
+    """A person's score: the box's [P] times the mean of those of its joints [P, J] above 0.2."""
+    sure = joint_scores > 0.2
+    return box_scores * (joint_scores * sure).sum(1) / np.maximum(sure.sum(1), 1)
+
+
+def oks_nms(joints, scores, areas, threshold=0.9, sigmas=OKS_SIGMAS):
+    """Drop what repeats a better person: which of P to keep, int [K], best first.
+
+    joints [P, J, 2] photo px, scores [P], areas [P] px of the views. Two persons are one if their
+    object keypoint similarity, at the mean of their areas, exceeds the threshold.
+    """
+    seen = np.concatenate([joints, np.ones_like(joints[..., :1])], -1)      # [P, J, 3]
+    left, keep = np.argsort(-scores, kind="stable"), []
+    while len(left):
+        best, left = left[0], left[1:]
+        keep.append(best)
+        # every joint counts, so the boxes that stand in for unlabelled ones are never read
+        similar = keypoint_overlaps(seen[[best]], seen[left], np.zeros((len(left), 4)),
+                                    (areas[best] + areas[left]) / 2, sigmas)[0]
+        left = left[similar <= threshold]
+    return np.array(keep, np.int64)
