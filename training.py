@@ -90,8 +90,6 @@ def add_finetune_flags(parser):
     add("--data-fraction", type=SHARE, default=1.0, help="share of the training set (Table 8)")
     add("--backbone-lr", type=number(float, 0), help="lr of the backbone, times --lr")
     add("--query-lr", type=number(float, 0), default=1.0, help="lr of the e_i, times --lr")
-    add("--overfit", action="store_true", help="train and validate on the same images, not "
-        "augmented: the code must reach a near-perfect metric")
 
 
 def parse(parser, presets, argv=None):
