@@ -573,7 +573,8 @@ def test_matching_names_the_bad_cost():
 
 
 def test_mask_losses_by_formula():
-    """Elementwise, pairwise and plain-Python cross-entropy and dice agree."""
+    """Elementwise, pairwise and plain-Python cross-entropy and dice agree, and their gradients
+    with finite differences."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 7, generator=generator)
     t = (torch.rand(3, 7, generator=generator) < 0.5).float()
@@ -587,6 +588,8 @@ def test_mask_losses_by_formula():
         assert abs(pair_ce[i, j] - a) < 1e-5 and abs(pair_dice[i, j] - b) < 1e-5
         if i == j:
             assert abs(ce[i] - a) < 1e-5 and abs(dice[i] - b) < 1e-5
+    assert torch.autograd.gradcheck(lambda v: losses.mask_losses(v, t.double()),
+                                    x.double().requires_grad_())
 
 
 def test_sampled_points():

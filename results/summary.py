@@ -1,16 +1,58 @@
-"""Mean and spread over seeds of results/semantic-*.jsonl, as README's table: mIoU by step."""
+"""Mean and spread over the seeds of the raw figures in this folder, as README's tables."""
 import json
 import statistics
 from pathlib import Path
 
-rows = [json.loads(line) for path in sorted(Path(__file__).parent.glob("semantic-*.jsonl"))
-        for line in path.read_text().splitlines()]
-steps = sorted({r["step"] for r in rows})
-print("| loaded | " + " | ".join(f"step {s}" for s in steps) + " |")
-print("|---" * (1 + len(steps)) + "|")
-for parts in dict.fromkeys(r["loaded"] for r in rows):
-    cells = []
-    for step in steps:
-        values = [100 * r["mIoU"] for r in rows if (r["loaded"], r["step"]) == (parts, step)]
-        cells.append(f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})")
-    print(f"| {parts.replace(',', ' + ')} | " + " | ".join(cells) + " |")
+HERE = Path(__file__).parent
+# metric, factor as printed, decimals
+TASKS = {
+    "detection": [("AP", 100, 1), ("AP50", 100, 1)],
+    "semantic": [("mIoU", 100, 1)],
+    "instance": [("AP", 100, 1), ("AP50", 100, 1)],
+    "panoptic": [("PQ", 100, 1), ("PQ_things", 100, 1), ("PQ_stuff", 100, 1)],
+    "multitask": [("mIoU", 100, 1), ("AP", 100, 1), ("PQ", 100, 1)],
+    "depth": [("REL", 1, 3), ("RMSE", 1, 3), ("delta1", 100, 1)],
+    "pose": [("AP", 100, 1), ("AP50", 100, 1)],
+}
+
+
+def rows(pattern):
+    return [json.loads(line) for path in sorted(HERE.glob(pattern))
+            for line in path.read_text().splitlines()]
+
+
+def cell(values, factor=100, decimals=1):
+    values = [factor * v for v in values]
+    mean, low, high = (f"{v:.{decimals}f}" for v in (statistics.mean(values), min(values),
+                                                     max(values)))
+    return f"{mean} ({low} to {high})"
+
+
+def semantic_table():
+    """How much of the pre-trained model is loaded, by step (Table 4)."""
+    found = rows("semantic-*.jsonl")
+    steps = sorted({r["step"] for r in found})
+    print("| loaded | " + " | ".join(f"step {s}" for s in steps) + " |")
+    print("|---" * (1 + len(steps)) + "|")
+    for parts in dict.fromkeys(r["loaded"] for r in found):
+        cells = [cell([r["mIoU"] for r in found if (r["loaded"], r["step"]) == (parts, step)])
+                 for step in steps]
+        print(f"| {parts.replace(',', ' + ')} | " + " | ".join(cells) + " |")
+
+
+def tasks_table():
+    """Every task from scratch and pre-trained, after the last step."""
+    print("| task | metric | from scratch | pre-trained |\n|---|---|---|---|")
+    for task, metrics in TASKS.items():
+        found = rows(f"tasks-{task}-*.jsonl")
+        last = max((r["step"] for r in found), default=0)
+        for name, factor, decimals in metrics if found else ():
+            cells = [cell([r[name] for r in found if (r["start"], r["step"]) == (start, last)],
+                          factor, decimals) for start in ("scratch", "pretrained")]
+            print(f"| {task} | {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    semantic_table()
+    print()
+    tasks_table()
