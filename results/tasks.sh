@@ -1,15 +1,18 @@
 #!/bin/sh
-# README's table of all tasks on ToyWorld, one seed: sh results/tasks.sh SEED
-# Every task from scratch and from the same pre-trained checkpoint, at the defaults of `tiny`.
+# README's table of all tasks on ToyWorld, one seed: sh results/tasks.sh SEED [TASK...]
+# Every task, or those named, from scratch and from the same pre-trained checkpoint, at the defaults of `tiny`.
 set -e
 cd "$(dirname "$0")/.."
 seed=$1
+shift
+wanted=${*:-all}
 pretrained=out/semantic-$seed/pretrain          # the one of results/semantic.sh
 [ -f "$pretrained/best.pt" ] || python pretrain.py --preset tiny --seed "$seed" --out "$pretrained"
 
 run() {                                         # run NAME SCRIPT FLAGS...
     name=$1 script=$2
     shift 2
+    case " $wanted " in *" all "* | *" $name "*) ;; *) return ;; esac
     out=out/tasks-$seed/$name
     python "$script" --preset tiny --seed "$seed" --out "$out/scratch" "$@"
     python "$script" --preset tiny --seed "$seed" --out "$out/pretrained" "$@" \
