@@ -62,15 +62,17 @@ def instance_map(masks, scores=None, at_least=0.5):
 
 
 def panoptic_map(ids, classes, things):
-    """Segment ids [H, W] and {id: class} -> colours uint8 [3, H, W]: one per class of stuff, one
-    per thing, void is black."""
-    labels = torch.full(ids.shape, IGNORE)
+    """Segment ids [H, W] and {id: class} -> colours uint8 [3, H, W]: a dark one per class of
+    stuff, a bright one per thing, void is black."""
+    labels, bright = torch.full(ids.shape, IGNORE), torch.zeros(ids.shape, dtype=torch.bool)
     objects = 0
     for segment, label in classes.items():
-        if label < things:                              # the colours after those of the stuff
-            objects, label = objects + 1, (IGNORE - 1 - objects) % IGNORE
-        labels[ids == segment] = label
-    return label_map(labels)
+        mask = ids == segment
+        if label < things:
+            objects, label = objects + 1, objects % IGNORE
+            bright |= mask
+        labels[mask] = label
+    return torch.where(bright, label_map(labels), label_map(labels) // 2)
 
 
 # near to far: light to dark, so that the order survives without colour; black means invalid
