@@ -9,28 +9,20 @@ so it is the same for any number of workers or processes, and after a resume.
 Photos stay uint8 until they are on the device: a quarter of the bytes to copy and to crop.
 """
 import contextlib
-import os
 import random
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 import toyworld
+from files import InputError, list_images, read_image
 from layout import Layout
 
 IGNORE = 255                                    # label of pixels that belong to no class
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
-ImageFile.LOAD_TRUNCATED_IMAGES = False         # half a photo is an error, not a grey half
-
-
-class InputError(Exception):
-    """Something the user gave is wrong. One line: the file or flag, and the way out."""
 
 
 def mix(*numbers):
@@ -51,55 +43,6 @@ def seeded(*numbers):
 
 # -----------------------------------------------------------------------------
 # Photos
-
-
-def read_image(path):
-    """Any photo -> uint8 [3, H, W], upright.
-
-    Grey, palette, CMYK and alpha become RGB, 16 bits become 8, EXIF rotation is applied. A file
-    that cannot be read in full raises InputError with its name.
-    """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                  # 16 bit: PIL's convert would clip
-                wide = np.asarray(image).astype(np.int64)
-                if wide.min() < 0 or wide.max() > 65535:
-                    raise InputError(f"{path}: 32-bit image; save it with 8 or 16 bits per channel")
-                deep = image.mode != "I" or wide.max() > 255
-                image = Image.fromarray((wide // (257 if deep else 1)).astype(np.uint8))
-            elif image.mode == "F":
-                raise InputError(f"{path}: floating-point image; save it with 8 or 16 bits")
-            elif image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")               # else PIL warns on every such file
-            array = np.array(image.convert("RGB"))
-    except Image.DecompressionBombError:
-        raise InputError(f"{path}: too many pixels ({Image.MAX_IMAGE_PIXELS} is the limit); "
-                         "shrink or remove it") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path}: not a readable image ({error}); replace or remove it") from None
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
-
-
-def list_images(folder):
-    """All photos below a folder, nested or flat, sorted by path; labels are never needed."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"--data {folder}: no such folder")
-
-    def refuse(error):
-        raise InputError(f"--data {error.filename}: cannot be read ({error.strerror})")
-    found, visited = [], set()
-    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(root) in visited:               # a link back up: do not go round
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(root))
-        found += [Path(root, name) for name in names
-                  if Path(name).suffix.lower() in SUFFIXES and name[0] != "."]
-    if not found:
-        raise InputError(f"--data {folder}: no photos in it ({' '.join(sorted(SUFFIXES))})")
-    return sorted(found)
 
 
 class Photos:

@@ -120,7 +120,7 @@ def run(main, args):
         return main(args)
     except (InputError, FloatingPointError) as error:
         # an error from a data process carries its traceback: the last line is ours
-        message = str(error).strip().splitlines()[-1].replace("data.InputError: ", "")
+        message = str(error).strip().splitlines()[-1].replace("files.InputError: ", "")
     except OSError as error:
         message = f"{error.filename or 'input or output'}: {error.strerror or error}"
     finally:
