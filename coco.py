@@ -106,7 +106,7 @@ def photo_folder(root, path, split, names):
 def parse_object(entry, kind, masks):
     """One annotation -> (box xyxy, area, crowd, joints or None, segmentation or None).
     A missing iscrowd means 0, a missing area that of the box."""
-    x, y, w, h = numbers(entry["bbox"], 4)
+    x, y, w, h = numbers(entry["bbox"], 4).tolist()
     require(w >= 0 and h >= 0, f"its box {entry['bbox']} has a negative side")
     area, crowd = numbers([entry.get("area", w * h)])[0], entry.get("iscrowd", 0)
     require(crowd in (0, 1), f"iscrowd is {crowd}, not 0 or 1")

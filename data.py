@@ -1,10 +1,10 @@
 """
 From files (or ToyWorld) to batches: reading photos, joint augmentation, padding.
 
-A data set is opened by open_pretraining() / open_segmentation() from a folder or the word
-"toyworld". Its samples are addressed by (epoch, index); every random choice of a sample (crop,
-flip, colours, which units are hidden) is drawn from a generator seeded with (seed, epoch, index),
-so it is the same for any number of workers or processes, and after a resume.
+A data set is opened by open_pretraining(), open_segmentation(), ... from a folder (formats.py) or
+the word "toyworld". Its samples are addressed by (epoch, index); every random choice of a sample
+(crop, flip, colours, which units are hidden) is drawn from a generator seeded with (seed, epoch,
+index), so it is the same for any number of workers or processes, and after a resume.
 
 Photos stay uint8 until they are on the device: a quarter of the bytes to copy and to crop.
 """
@@ -19,10 +19,9 @@ from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 import toyworld
-from files import InputError, list_images, read_image
+from files import IGNORE, InputError, list_images, read_image
+from formats import open_folder, readable
 from layout import Layout
-
-IGNORE = 255                                    # label of pixels that belong to no class
 
 
 def mix(*numbers):
@@ -71,6 +70,8 @@ class ToyWorld:
     """
     classes = toyworld.CLASSES
     things = len(toyworld.THINGS)
+    category_ids = range(len(classes))
+    kinect_frame = False
 
     def __init__(self, split, count, size, seed=0, keys=()):
         first = toyworld.SPLIT_START[split]
@@ -102,19 +103,27 @@ def toy_count(path, default):
     return int(count) if count else default
 
 
-def open_sources(path, size, keys, fraction=1.0, overfit=False):
+def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop", **reading):
     """(training, validation) source of annotated samples for fine-tuning.
 
-    path: "toyworld[:COUNT]"; size: px of its photos; keys: the annotations to keep; fraction: the
-    share of the training samples to use, the first ones; overfit: validate on the training samples.
+    path: "toyworld[:COUNT]" or a folder in one of the layouts of formats.py; size: px of ToyWorld's
+    photos; keys: the annotations to keep; fraction: the share of the training samples to use, of
+    ToyWorld the first ones, of a folder a random choice, always the same, larger ones containing
+    smaller ones; overfit: validate on the training samples; on_error "skip": leave out what is
+    broken (validation photos are all read once for that); reading: see formats.open_folder.
     """
     count = toy_count(path, 256)
-    if not count:
-        raise InputError(f"--data {path}: only toyworld has annotations so far")
-    sources = [ToyWorld(split, n, size, keys=keys)
-               for split, n in (("train", count), ("val", min(count, 256)))]
-    sources[0].samples = sources[0].samples[:max(1, round(fraction * count))]
-    return [sources[0], sources[0]] if overfit else sources
+    if count:
+        sources = [ToyWorld(split, n, size, keys=keys)
+                   for split, n in (("train", count), ("val", min(count, 256)))]
+        sources[0].samples = sources[0].samples[:max(1, round(fraction * count))]
+        return [sources[0], sources[0]] if overfit else sources
+    train, val = open_folder(path, keys, on_error, **reading)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    train = train.subset(sorted(order[:max(1, round(fraction * len(train)))].tolist()))
+    val = train if overfit else val
+    val = readable(val) if on_error == "skip" else val
+    return [val if overfit else train, val]
 
 
 # -----------------------------------------------------------------------------
@@ -298,11 +307,16 @@ class Segmentation:
                 "masks": masks[keep]}
 
 
-def open_segmentation(path, size, fraction=1.0, seed=0, tasks=("semantic",), overfit=False):
-    """(training set, validation set) for the segmentation tasks; see open_sources."""
+def open_segmentation(path, size, fraction=1.0, seed=0, tasks=("semantic",), overfit=False,
+                      **reading):
+    """(training set, validation set) for the segmentation tasks; see open_sources. Instances alone
+    may overlap; trained with other tasks they are the things of the panoptic map."""
     keys = ["semantic"] * ("semantic" in tasks)
-    keys += ["panoptic", "segments"] * ("instance" in tasks or "panoptic" in tasks)
-    sources = open_sources(path, size, keys, fraction, overfit)
+    if list(tasks) == ["instance"] and not toy_count(path, 1):
+        keys += ["masks"]
+    elif "instance" in tasks or "panoptic" in tasks:
+        keys += ["panoptic", "segments"]
+    sources = open_sources(path, size, keys, fraction, overfit, **reading)
     return [Segmentation(s, train, size, seed, tasks, not overfit)
             for s, train in zip(sources, (True, False))]
 
@@ -361,6 +375,7 @@ class Detection:
             size = torch.tensor(sample["image"].shape[-2:])
             return sample | {"image": self.transform(sample["image"]), "size": size,
                              "index": torch.tensor(index)}
+        sample = v2.ClampBoundingBoxes()(sample)            # outlines may leave the photo a little
         with seeded(self.seed, epoch, index):
             sample = self.transform(sample)
         height, width = sample["image"].shape[-2:]
@@ -373,9 +388,9 @@ class Detection:
         return {"image": sample["image"], "labels": sample["classes"][keep], "boxes": boxes[keep]}
 
 
-def open_detection(path, size, fraction=1.0, overfit=False, seed=0):
+def open_detection(path, size, fraction=1.0, overfit=False, seed=0, **reading):
     """(training set, validation set) for object detection; see open_sources."""
-    sources = open_sources(path, size, ["boxes", "classes"], fraction, overfit)
+    sources = open_sources(path, size, ["boxes", "classes"], fraction, overfit, **reading)
     return [Detection(s, train, train and not overfit, size, seed)
             for s, train in zip(sources, (True, False))]
 
@@ -415,7 +430,7 @@ class Depth:
     invalid. With augment a training crop, else the whole photo as it is."""
 
     def __init__(self, source, augment, height, width, seed):
-        self.source, self.seed = source, seed
+        self.source, self.seed, self.unframe = source, seed, augment and source.kinect_frame
         self.transform = depth_transform(height, width) if augment else v2.Identity()
 
     def __len__(self):
@@ -423,14 +438,18 @@ class Depth:
 
     def __getitem__(self, at):
         epoch, index = at
+        sample = self.source[index]
+        if self.unframe and sample["image"].shape[-2:] == (480, 640):
+            # the white border that the Kinect's two cameras do not share, as BTS cuts it
+            sample = {k: v2.functional.crop(v, 45, 43, 427, 565) for k, v in sample.items()}
         with seeded(self.seed, epoch, index):
-            return self.transform(self.source[index])
+            return self.transform(sample)
 
 
-def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False):
+def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False, **reading):
     """(training set, validation set) for depth; height, width: the training crop, px. ToyWorld's
     photos are squares of the longer side. See open_sources."""
-    sources = open_sources(path, max(height, width), ["depth"], fraction, overfit)
+    sources = open_sources(path, max(height, width), ["depth"], fraction, overfit, **reading)
     return [Depth(s, augment, height, width, seed)
             for s, augment in zip(sources, (not overfit, False))]
 

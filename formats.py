@@ -272,7 +272,8 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
     kind = next(k for k in ways if k in keys)
     sources = next((found for way in ways[kind] if (found := way())), None)
     if not sources:
-        raise InputError(f"--data {root}: nothing in it fits; expected {EXPECTED[kind]}")
+        raise InputError(f"--data {root}: nothing in it fits; expected {EXPECTED[kind]} (or "
+                         "the word toyworld)")
     if "masks" in keys and kind == "masks" and "labels" in (sources[0].records or [{}])[0]:
         alone = [i for i, r in enumerate(sources[0].records) if (~r["labels"]["iscrowd"]).any()]
         sources[0] = sources[0].subset(alone)
