@@ -2530,9 +2530,10 @@ def test_real_files():
                 for key in {"masks", "panoptic", "semantic", "depth"} & sample.keys():
                     assert sample[key].shape[-2:] == size, key
                 for box, mask in zip(sample.get("boxes", ()), sample.get("masks", ())):
-                    around = torchvision.ops.masks_to_boxes(mask[None])[0] + torch.tensor(
-                        [0, 0, 1, 1])
-                    assert (around - box).abs().max() <= 2      # outlines end between two pixels
+                    ends = torch.tensor([0, 0, 1, 1])
+                    out = torchvision.ops.masks_to_boxes(mask[None])[0] + ends - box
+                    out *= torch.tensor([-1, -1, 1, 1])     # thin tips of an outline draw nothing
+                    assert out.max() <= 1 and out.min() > -6 and out.abs().median() <= 1
 
 
 # -----------------------------------------------------------------------------
