@@ -28,16 +28,18 @@ def require(condition, reason):
 
 def numbers(values, count=None):
     """A list of finite numbers -> float64 array; raises ValueError for all else, strings too."""
-    right = isinstance(values, list) and all(type(v) in (int, float) for v in values)
-    require(right and count in (None, len(values)),
-            f"{str(values)[:60]} is no list of {count or ''} numbers")
+    if not isinstance(values, list) or not {*map(type, values)} <= {int, float} \
+            or count not in (None, len(values)):
+        raise ValueError(f"{str(values)[:60]} is no list of {count or ''} numbers")
     array = np.array(values, np.float64)
-    require(np.isfinite(array).all(), f"{str(values)[:60]} is not finite")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{str(values)[:60]} is not finite")
     return array
 
 
 def an_id(value):
-    require(type(value) in (int, str), f"{str(value)[:60]} is no id")
+    if type(value) not in (int, str):
+        raise ValueError(f"{str(value)[:60]} is no id")
     return value
 
 
@@ -130,6 +132,7 @@ def coco_instances(root, path, split, kind, keys, on_error, categories=None):
     """instances_*.json or (kind "keypoints") person_keypoints_*.json -> Source.
     categories: those of the training file, if this is the validation file."""
     content = read_json(path, LISTS)
+    masks = "masks" in keys and kind != "keypoints"         # joints know their area without
     categories = same_categories(path, read_categories(path, content, kind), categories)
     every = {c["id"] for c in content["categories"]}
     label = {i: k for k, (i, _, _) in enumerate(categories)}
@@ -146,8 +149,7 @@ def coco_instances(root, path, split, kind, keys, on_error, categories=None):
             require(an_id(name) not in used, "two annotations have this id")
             used.add(name)
             if category in label:
-                found[image].append((label[category], name,
-                                     *parse_object(entry, kind, "masks" in keys)))
+                found[image].append((label[category], name, *parse_object(entry, kind, masks)))
         except BAD as error:
             refuse(f"{path}: annotation {name}: {why(error)}", on_error)
             # a photo with one object left out would teach that nothing is there
@@ -155,9 +157,9 @@ def coco_instances(root, path, split, kind, keys, on_error, categories=None):
     usable = [i for i in images if i not in broken and str(i) not in broken]
     if len(usable) < len(images):
         refuse(f"{path}: {len(images) - len(usable)} of {len(images)} photos", "skip")
-    records = [images[i] | stacked(found[i], kind, "masks" in keys) for i in usable]
+    records = [images[i] | stacked(found[i], kind, masks) for i in usable]
     ids, names, _ = zip(*categories)
-    return Source(records, partial(read_objects, path, "masks" in keys), names, len(names), ids)
+    return Source(records, partial(read_objects, path, masks), names, len(names), ids)
 
 
 def stacked(objects, kind, masks):
