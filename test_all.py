@@ -34,6 +34,7 @@ import checkpoints
 import cocomask
 import data
 import draw
+import files
 import finetune_depth
 import finetune_det
 import finetune_seg
@@ -2383,7 +2384,7 @@ def test_ade20k_instances():
     are void."""
     with folder() as at:
         label, colours = np.zeros((6, 8), np.uint8), np.zeros((6, 8, 3), np.uint8)
-        label[0], label[1:3], label[4:] = 1, 2, 3                           # wall, chair, floor
+        label[0], label[1:3], label[4:] = 1, 4, 3                           # wall, lamp, floor
         colours[1, :4], colours[1, 4:], colours[4] = (1, 1, 0), (1, 2, 0), (2, 1, 0)
         for split in ("training", "validation"):
             write_png(at / f"images/{split}/a.png", np.zeros((6, 8, 3), np.uint8))
@@ -2392,10 +2393,10 @@ def test_ade20k_instances():
         with raises(InputError, "categoryMapping.txt"):
             read_all(at, ["panoptic"])
         (at / "objectInfo150.txt").write_text("Idx\tName\n1\twall\n2\tchair\n3\tfloor\n4\tlamp\n")
-        (at / "categoryMapping.txt").write_text("Instance\tScene\tFull\n1\t2\t7\n2\t4\t9\n")
+        (at / "categoryMapping.txt").write_text("Instance\tScene\tFull\n1\t4\t7\n2\t2\t9\n")
         source = formats.open_folder(at, ["panoptic", "semantic"])[0]
-        assert source.classes == ("chair", "lamp", "wall", "floor") and source.things == 2
-        assert source.category_ids == (2, 4, 1, 3)
+        assert source.classes == ("lamp", "chair", "wall", "floor") and source.things == 2
+        assert source.category_ids == (4, 2, 1, 3)
         sample = source[0]
         kind = {i: c for i, c, _ in sample["segments"].tolist()} | {0: None}
         assert [kind[i] for i in sample["panoptic"][:, 0].tolist()] == [2, 0, None, None, 1, 3]
@@ -2492,6 +2493,9 @@ def test_fractions_of_a_folder():
         assert [len(p) for p in parts] == [1, 3, 6, 12]
         assert all(set(a) < set(b) for a, b in itertools.pairwise(parts))
         assert parts[2] != parts[3][:6] and parts == [sorted(p) for p in parts]
+    records = [dict(id=i) for i in range(41)]
+    train, val = files.hold_out("", files.Source(records, None))
+    assert val.ids == [0, 20, 40] and sorted(train.ids + val.ids) == list(range(41))
 
 
 def test_scripts_run_on_folders():
