@@ -274,7 +274,7 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
     if not sources:
         raise InputError(f"--data {root}: nothing in it fits; expected {EXPECTED[kind]} (or "
                          "the word toyworld)")
-    if "masks" in keys and kind == "masks" and "labels" in (sources[0].records or [{}])[0]:
+    if kind == "masks" and "labels" in (sources[0].records or [{}])[0]:
         alone = [i for i, r in enumerate(sources[0].records) if (~r["labels"]["iscrowd"]).any()]
         sources[0] = sources[0].subset(alone)
     for source, part in zip(sources, ("training", "validation")):

@@ -2238,7 +2238,7 @@ def test_odd_coco_files_are_read_right():
     def odd(c):
         first(c, bbox=[-2.5, 1, 3, 0], area=None, iscrowd=None,
               segmentation=[[-9, -9, 3, -9, 3, 2, -9, 2]])
-        c["annotations"][1]["segmentation"] = [[20, 20, 30, 20, 30, 30]]
+        c["annotations"][1] |= dict(bbox=[6, 4, 9, 9], segmentation=[[20, 20, 30, 20, 30, 30]])
         crowd = dict(counts=[0, 2, 46], size=[6, 8])
         c["annotations"].append(dict(id=3, image_id=1, bbox=[0, 0, 2, 2], area=4, iscrowd=1,
                                      category_id=30, segmentation=crowd))
@@ -2251,7 +2251,9 @@ def test_odd_coco_files_are_read_right():
         assert sample["masks"].sum((1, 2)).tolist() == [6, 0]
         train, val = data.open_detection(at, 32, overfit=True)
         assert len(train[0, 0]["labels"]) == 1 and len(train[0, 1]["labels"]) == 0
-        assert (train[0, 0]["boxes"] >= 0).all() and len(val[0, 0]["boxes"]) == 2
+        expected = torch.tensor([[7 / 8, 5 / 6, 2 / 8, 2 / 6]])             # cut at the border
+        assert_close(train[0, 0]["boxes"], expected, 1e-6)
+        assert val[0, 0]["boxes"][1].tolist() == [6, 4, 15, 13]
         train, _ = data.open_segmentation(at, 32, tasks=["instance"], overfit=True)
         assert train[0, 0]["masks"].flatten(1).any(1).tolist() == [True] and train.things == 2
         assert formats.open_folder(at, ["boxes"])[0].classes == ("bench", "person")
@@ -2467,6 +2469,7 @@ def test_skipping_what_is_broken():
             pixels = [int(next(timed)[0].max()) for _ in batches]
             assert pixels == [0, 80, 80, 80] and timed.skipped() == 1
             assert [forgiving[0, i]["image"].max().item() for i in (1, 2)] == [80, 80]
+        assert not told.getvalue()                          # the data process has told it already
         for i in (0, 2):
             (at / f"train2017/{i}.png").write_bytes(b"")
         with raises(InputError, "no training photo"), quiet():
