@@ -101,7 +101,7 @@ def load_torchvision(glid, spec, state):
 
 # may differ when a run is resumed: they change neither the task nor the result of a step
 FREE = {"resume", "eval", "workers", "out", "compile", "save_every", "eval_every", "batch_size",
-        "accumulate", "steps", "epochs"}
+        "accumulate", "steps", "epochs", "on_error"}
 
 
 def resume(args, model, optimizer, state):
@@ -117,8 +117,8 @@ def resume(args, model, optimizer, state):
     changed = [k for k in now if k not in FREE and then.get(k) != now[k]]
     if args.resume and changed:
         flag = changed[0]
-        raise InputError(f"--resume {path}: was made with --{flag.replace('_', '-')} {then[flag]}, "
-                         f"not {now[flag]}; give the same, or another --out")
+        raise InputError(f"--resume {path}: was made with --{flag.replace('_', '-')} "
+                         f"{then.get(flag)}, not {now[flag]}; give the same, or another --out")
     try:
         model.load_state_dict(checkpoint["model"])
         if not args.eval:

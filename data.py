@@ -1,38 +1,30 @@
 """
 From files (or ToyWorld) to batches: reading photos, joint augmentation, padding.
 
-A data set is opened by open_pretraining() / open_segmentation() from a folder or the word
-"toyworld". Its samples are addressed by (epoch, index); every random choice of a sample (crop,
-flip, colours, which units are hidden) is drawn from a generator seeded with (seed, epoch, index),
-so it is the same for any number of workers or processes, and after a resume.
+A data set is opened by open_pretraining(), open_segmentation(), ... from a folder (formats.py) or
+the word "toyworld". Its samples are addressed by (epoch, index); every random choice of a sample
+(crop, flip, colours, which units are hidden) is drawn from a generator seeded with (seed, epoch,
+index), so it is the same for any number of workers or processes, and after a resume.
 
 Photos stay uint8 until they are on the device: a quarter of the bytes to copy and to crop.
 """
 import contextlib
 import json
-import os
 import random
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 import pose
 import toyworld
+from files import IGNORE, InputError, list_images, read_image
+from formats import open_folder, readable
 from layout import Layout
-
-IGNORE = 255                                    # label of pixels that belong to no class
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
-ImageFile.LOAD_TRUNCATED_IMAGES = False         # half a photo is an error, not a grey half
-
-
-class InputError(Exception):
-    """Something the user gave is wrong. One line: the file or flag, and the way out."""
 
 
 def mix(*numbers):
@@ -53,55 +45,6 @@ def seeded(*numbers):
 
 # -----------------------------------------------------------------------------
 # Photos
-
-
-def read_image(path):
-    """Any photo -> uint8 [3, H, W], upright.
-
-    Grey, palette, CMYK and alpha become RGB, 16 bits become 8, EXIF rotation is applied. A file
-    that cannot be read in full raises InputError with its name.
-    """
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                  # 16 bit: PIL's convert would clip
-                wide = np.asarray(image).astype(np.int64)
-                if wide.min() < 0 or wide.max() > 65535:
-                    raise InputError(f"{path}: 32-bit image; save it with 8 or 16 bits per channel")
-                deep = image.mode != "I" or wide.max() > 255
-                image = Image.fromarray((wide // (257 if deep else 1)).astype(np.uint8))
-            elif image.mode == "F":
-                raise InputError(f"{path}: floating-point image; save it with 8 or 16 bits")
-            elif image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")               # else PIL warns on every such file
-            array = np.array(image.convert("RGB"))
-    except Image.DecompressionBombError:
-        raise InputError(f"{path}: too many pixels ({Image.MAX_IMAGE_PIXELS} is the limit); "
-                         "shrink or remove it") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path}: not a readable image ({error}); replace or remove it") from None
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
-
-
-def list_images(folder):
-    """All photos below a folder, nested or flat, sorted by path; labels are never needed."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"--data {folder}: no such folder")
-
-    def refuse(error):
-        raise InputError(f"--data {error.filename}: cannot be read ({error.strerror})")
-    found, visited = [], set()
-    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(root) in visited:               # a link back up: do not go round
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(root))
-        found += [Path(root, name) for name in names
-                  if Path(name).suffix.lower() in SUFFIXES and name[0] != "."]
-    if not found:
-        raise InputError(f"--data {folder}: no photos in it ({' '.join(sorted(SUFFIXES))})")
-    return sorted(found)
 
 
 class Photos:
@@ -130,6 +73,8 @@ class ToyWorld:
     """
     classes = toyworld.CLASSES
     things = len(toyworld.THINGS)
+    category_ids = range(len(classes))
+    kinect_frame = False
 
     def __init__(self, split, count, size, seed=0, keys=()):
         first = toyworld.SPLIT_START[split]
@@ -170,19 +115,27 @@ def toy_count(path, default):
     return int(count) if count else default
 
 
-def open_sources(path, size, keys, fraction=1.0, overfit=False):
+def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop", **reading):
     """(training, validation) source of annotated samples for fine-tuning.
 
-    path: "toyworld[:COUNT]"; size: px of its photos; keys: the annotations to keep; fraction: the
-    share of the training samples to use, the first ones; overfit: validate on the training samples.
+    path: "toyworld[:COUNT]" or a folder in one of the layouts of formats.py; size: px of ToyWorld's
+    photos; keys: the annotations to keep; fraction: the share of the training samples to use, of
+    ToyWorld the first ones, of a folder a random choice, always the same, larger ones containing
+    smaller ones; overfit: validate on the training samples; on_error "skip": leave out what is
+    broken (validation photos are all read once for that); reading: see formats.open_folder.
     """
     count = toy_count(path, 256)
-    if not count:
-        raise InputError(f"--data {path}: only toyworld has annotations so far")
-    sources = [ToyWorld(split, n, size, keys=keys)
-               for split, n in (("train", count), ("val", min(count, 256)))]
-    sources[0].samples = sources[0].samples[:max(1, round(fraction * count))]
-    return [sources[0], sources[0]] if overfit else sources
+    if count:
+        sources = [ToyWorld(split, n, size, keys=keys)
+                   for split, n in (("train", count), ("val", min(count, 256)))]
+        sources[0].samples = sources[0].samples[:max(1, round(fraction * count))]
+        return [sources[0], sources[0]] if overfit else sources
+    train, val = open_folder(path, keys, on_error, **reading)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    train = train.subset(sorted(order[:max(1, round(fraction * len(train)))].tolist()))
+    val = train if overfit else val
+    val = readable(val) if on_error == "skip" else val
+    return [val if overfit else train, val]
 
 
 # -----------------------------------------------------------------------------
@@ -366,11 +319,16 @@ class Segmentation:
                 "masks": masks[keep]}
 
 
-def open_segmentation(path, size, fraction=1.0, seed=0, tasks=("semantic",), overfit=False):
-    """(training set, validation set) for the segmentation tasks; see open_sources."""
+def open_segmentation(path, size, fraction=1.0, seed=0, tasks=("semantic",), overfit=False,
+                      **reading):
+    """(training set, validation set) for the segmentation tasks; see open_sources. Instances alone
+    may overlap; trained with other tasks they are the things of the panoptic map."""
     keys = ["semantic"] * ("semantic" in tasks)
-    keys += ["panoptic", "segments"] * ("instance" in tasks or "panoptic" in tasks)
-    sources = open_sources(path, size, keys, fraction, overfit)
+    if list(tasks) == ["instance"] and not toy_count(path, 1):
+        keys += ["masks"]
+    elif "instance" in tasks or "panoptic" in tasks:
+        keys += ["panoptic", "segments"]
+    sources = open_sources(path, size, keys, fraction, overfit, **reading)
     return [Segmentation(s, train, size, seed, tasks, not overfit)
             for s, train in zip(sources, (True, False))]
 
@@ -429,6 +387,7 @@ class Detection:
             size = torch.tensor(sample["image"].shape[-2:])
             return sample | {"image": self.transform(sample["image"]), "size": size,
                              "index": torch.tensor(index)}
+        sample = v2.ClampBoundingBoxes()(sample)            # outlines may leave the photo a little
         with seeded(self.seed, epoch, index):
             sample = self.transform(sample)
         height, width = sample["image"].shape[-2:]
@@ -441,9 +400,9 @@ class Detection:
         return {"image": sample["image"], "labels": sample["classes"][keep], "boxes": boxes[keep]}
 
 
-def open_detection(path, size, fraction=1.0, overfit=False, seed=0):
+def open_detection(path, size, fraction=1.0, overfit=False, seed=0, **reading):
     """(training set, validation set) for object detection; see open_sources."""
-    sources = open_sources(path, size, ["boxes", "classes"], fraction, overfit)
+    sources = open_sources(path, size, ["boxes", "classes"], fraction, overfit, **reading)
     return [Detection(s, train, train and not overfit, size, seed)
             for s, train in zip(sources, (True, False))]
 
@@ -483,7 +442,7 @@ class Depth:
     invalid. With augment a training crop, else the whole photo as it is."""
 
     def __init__(self, source, augment, height, width, seed):
-        self.source, self.seed = source, seed
+        self.source, self.seed, self.unframe = source, seed, augment and source.kinect_frame
         self.transform = depth_transform(height, width) if augment else v2.Identity()
 
     def __len__(self):
@@ -491,14 +450,18 @@ class Depth:
 
     def __getitem__(self, at):
         epoch, index = at
+        sample = self.source[index]
+        if self.unframe and sample["image"].shape[-2:] == (480, 640):
+            # the white border that the Kinect's two cameras do not share, as BTS cuts it
+            sample = {k: v2.functional.crop(v, 45, 43, 427, 565) for k, v in sample.items()}
         with seeded(self.seed, epoch, index):
-            return self.transform(self.source[index])
+            return self.transform(sample)
 
 
-def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False):
+def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False, **reading):
     """(training set, validation set) for depth; height, width: the training crop, px. ToyWorld's
     photos are squares of the longer side. See open_sources."""
-    sources = open_sources(path, max(height, width), ["depth"], fraction, overfit)
+    sources = open_sources(path, max(height, width), ["depth"], fraction, overfit, **reading)
     return [Depth(s, augment, height, width, seed)
             for s, augment in zip(sources, (not overfit, False))]
 
@@ -512,7 +475,6 @@ def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False):
 
 
 PERSON = 0                                      # class of a person, in every source
-COCO_PERSON = 1                                 # its category id in a detector's JSON
 TOY_PHOTO = 160                                 # px: half of ToyWorld's persons are over 50 px tall
 
 
@@ -526,11 +488,11 @@ def persons(labels):
     return {k: np.asarray(v)[rows] for k, v in found.items()}
 
 
-def read_boxes(path, ids):
+def read_boxes(path, ids, person):
     """A detector's answers, COCO's results format -> per image of `ids` boxes xyxy [P, 4], scores.
 
     JSON: a list of {"image_id", "category_id", "bbox": [x, y, w, h], "score"}. Other categories
-    than persons and other images are left out; an entry that makes no sense raises InputError.
+    than `person` and other images are left out; an entry without sense raises InputError.
     """
     try:
         entries = json.loads(Path(path).read_bytes())
@@ -546,13 +508,13 @@ def read_boxes(path, ids):
             x, y, w, h, score = row = [float(v) for v in (*entry["bbox"], entry["score"])]
             if not np.isfinite(row).all() or w < 0 or h < 0:
                 raise ValueError("a number is not finite, or a width or height below 0")
-            if kind == COCO_PERSON and image in found:
+            if kind == person and image in found:
                 found[image].append((x, y, x + w, y + h, score))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"--boxes {path}: entry {n} is no box of COCO's results format "
                              f"({type(error).__name__}: {error}); correct or remove it") from None
     if not any(found.values()):
-        raise InputError(f"--boxes {path}: no person (category_id {COCO_PERSON}) in any image of "
+        raise InputError(f"--boxes {path}: no person (category_id {person}) in any image of "
                          "the validation set; is it the file of this set?")
     rows = [np.array(found[i], np.float64).reshape(-1, 5) for i in ids]
     return [(r[:, :4], r[:, 4]) for r in rows]
@@ -618,15 +580,16 @@ class Pose:
                 "truth": truth | {"labels": np.full(len(truth["area"]), PERSON)}}
 
 
-def open_pose(path, size, fraction=1.0, seed=0, overfit=False, boxes=None, augment=(0.5, 40.0)):
+def open_pose(path, size, fraction=1.0, seed=0, overfit=False, boxes=None, augment=(0.5, 40.0),
+              **reading):
     """(training set of persons, validation set of photos) for pose estimation; see open_sources.
 
     size: (H, W) of the crops; boxes: file of a detector's boxes for the validation photos; augment:
     (zoom, rotation) of pose.random_view.
     """
     keys = ["boxes", "classes", "keypoints", "masks"]
-    train, val = open_sources(path, TOY_PHOTO, keys, fraction, overfit)
-    found = read_boxes(boxes, val.ids) if boxes else None
+    train, val = open_sources(path, TOY_PHOTO, keys, fraction, overfit, **reading)
+    found = read_boxes(boxes, val.ids, val.category_ids[PERSON]) if boxes else None
     return [Pose(train, True, size, seed, None if overfit else augment),
             Pose(val, False, size, seed, boxes=found)]
 

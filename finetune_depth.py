@@ -5,8 +5,8 @@ Stage 2: depth from one photo with the whole pre-trained GLID; M queries ask for
     python finetune_depth.py --preset tiny --out out/scratch                from scratch
     python finetune_depth.py --preset tiny --data toyworld:8 --batch-size 8 --overfit --out out/fit
 Defaults are the paper's recipe (38.4 k steps of 16 images, 64 queries, 8 processes):
-    torchrun --nproc_per_node=8 finetune_depth.py --data toyworld --init out/base/best.pt
-ToyWorld is the only data set with depth so far.
+    torchrun --nproc_per_node=8 finetune_depth.py --data nyu/ --eigen-crop --init out/base/best.pt
+--data: NYU-Depth-v2 with BTS's file lists, or pairs of photo and 16-bit PNG; see formats.py.
 
 Loss, augmentation, schedule and test are BinsFormer's. Without its losses on inner layers and its
 scene classifier: the paper names one loss, the scale-invariant one. OUT holds last.pt, best.pt (by
@@ -47,6 +47,7 @@ def flags():
     add("--queries", type=positive, default=64, help="M, the number of bins [paper]")
     add("--min-depth", type=rate, default=1e-3, help="metres: where the first bin begins")
     add("--max-depth", type=rate, default=10.0, help="metres: where the last bin ends")
+    add("--depth-scale", type=rate, default=1000.0, help="values of a depth PNG per metre")
     add("--eigen-crop", action="store_true", help="grade NYU's usual window of 480 x 640 photos")
     add("--weight-decay", type=training.number(float, 0), default=0.01)
     add("--clip", type=rate, default=35.0, help="gradient norm; BinsFormer's")
@@ -163,7 +164,8 @@ def conclude(model, val, args, state, step, best, optimizer, log):
 def main(args):
     """Train; returns the errors of the best checkpoint, see evaluate, and "step"."""
     state = training.start(args)
-    train, val = open_depth(args.data, *args.crop, args.data_fraction, args.seed, args.overfit)
+    train, val = open_depth(args.data, *args.crop, args.data_fraction, args.seed, args.overfit,
+                            on_error=args.on_error, depth_scale=args.depth_scale)
     graded(val[(0, 0)]["depth"].shape, args)            # complain before the training, not after
     model = build(args, state)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
@@ -181,8 +183,8 @@ def main(args):
     training.compile_model(model, args)
     ddp = state.wrap(model)
     batches = training.Batches(len(train), args, state, step, args.steps)
-    loader = training.Timed(training.loader(train, batches, collate, model.glid.config, args,
-                                            state))
+    loader = training.Timed(training.loader(training.forgiving(train, args), batches, collate,
+                                            model.glid.config, args, state))
     log = training.Log(args, state, step)
     bar = training.Progress(step, args.steps, "depth", loader, state, total_batch)
     model.train()

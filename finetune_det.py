@@ -5,8 +5,8 @@ Stage 2: object detection with the whole pre-trained GLID, two linear heads and 
     python finetune_det.py --preset tiny --out out/scratch                  from scratch
 Defaults are H-DETR's recipe for COCO (50 epochs of 16 images at 800 px, 300 one-to-one and 1500
 one-to-many queries, 8 processes):
-    torchrun --nproc_per_node=8 finetune_det.py --data toyworld --init out/base/best.pt
-ToyWorld is the only labelled data set so far.
+    torchrun --nproc_per_node=8 finetune_det.py --data coco/ --init out/base/best.pt
+--data: a folder with annotations/instances_{train,val}*.json, COCO's or any in its format.
 
 One linear layer gives the box, one the class, as the paper says: no box MLP, no reference points,
 no refinement from layer to layer. OUT holds last.pt, best.pt, log.jsonl and samples/*.png: photo
@@ -109,7 +109,7 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     log.write(step=step, **{k: result[k] for k in HEADLINE})
     best = max(best or 0, result["AP"])
     checkpoints.keep(args, model, optimizer, state, step, best, is_best=result["AP"] == best,
-                     classes=list(val.classes))
+                     classes=list(val.classes), category_ids=list(val.source.category_ids))
     return best
 
 
@@ -125,7 +125,8 @@ def group_losses(class_logits, boxes, targets, objects, args):
 def main(args):
     """Train; returns {"AP": best box AP, "step": steps done}."""
     state = training.start(args)
-    train, val = open_detection(args.data, args.size, args.data_fraction, args.overfit, args.seed)
+    train, val = open_detection(args.data, args.size, args.data_fraction, args.overfit, args.seed,
+                                on_error=args.on_error)
     model = build(args, train.classes, state)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
@@ -143,8 +144,8 @@ def main(args):
     training.compile_model(model, args)
     ddp = state.wrap(model)
     batches = training.Batches(len(train), args, state, step, steps)
-    loader = training.Timed(training.loader(train, batches, collate, model.glid.config, args,
-                                            state))
+    loader = training.Timed(training.loader(training.forgiving(train, args), batches, collate,
+                                            model.glid.config, args, state))
     log = training.Log(args, state, step)
     bar = training.Progress(step, steps, "detection", loader, state, total_batch)
     model.train()
@@ -175,7 +176,8 @@ def main(args):
         if ends:
             best = conclude(model, val, args, state, step, best, optimizer, log)
         elif saves:
-            checkpoints.keep(args, model, optimizer, state, step, best, classes=list(val.classes))
+            checkpoints.keep(args, model, optimizer, state, step, best, classes=list(val.classes),
+                             category_ids=list(val.source.category_ids))
     bar.close()
     state.say(f"best box AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
     return {"AP": best, "step": step}

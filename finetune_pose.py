@@ -6,8 +6,8 @@ Stage 2: human pose estimation with the whole pre-trained GLID, one query per jo
     python finetune_pose.py --preset tiny --out out/part --init out/pretrain/best.pt --load backbone
     python finetune_pose.py --preset tiny --out out/pose --eval --boxes detections.json
 Defaults are the paper's recipe (210 epochs of person crops of 256 x 192 px, 8 processes):
-    torchrun --nproc_per_node=8 finetune_pose.py --data toyworld --init out/base/best.pt
-ToyWorld is the only labelled data set so far.
+    torchrun --nproc_per_node=8 finetune_pose.py --data coco/ --init out/base/best.pt
+--data: a folder with annotations/person_keypoints_{train,val}*.json, COCO's or any in its format.
 
 Top-down: a person's box comes first, from the ground truth or from a detector's file; the network
 finds the 17 joints inside it. Crops, augmentation, targets, schedule and inference are ViTPose's
@@ -151,7 +151,7 @@ def main(args):
     state = training.start(args)
     model = build(args, state)
     train, val = open_pose(args.data, args.size, args.data_fraction, args.seed, args.overfit,
-                           args.boxes, (args.zoom, args.rotation))
+                           args.boxes, (args.zoom, args.rotation), on_error=args.on_error)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
@@ -169,8 +169,8 @@ def main(args):
     training.compile_model(model, args)
     ddp = state.wrap(model)
     batches = training.Batches(len(train), args, state, step, steps)
-    loader = training.Timed(training.loader(train, batches, collate, model.glid.config, args,
-                                            state))
+    loader = training.Timed(training.loader(training.forgiving(train, args), batches, collate,
+                                            model.glid.config, args, state))
     log = training.Log(args, state, step)
     bar = training.Progress(step, steps, "pose", loader, state, total_batch)
     model.train()

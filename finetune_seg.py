@@ -7,9 +7,10 @@ Stage 2: segmentation with the whole pre-trained GLID; per task a linear head an
     python finetune_seg.py --preset tiny --out out/all --tasks semantic,instance,panoptic
 Defaults are the paper's recipe (160 k steps of 16 images at 640 px, 100 queries for semantic, 200
 for instance and panoptic segmentation, 8 processes):
-    torchrun --nproc_per_node=8 finetune_seg.py --data toyworld --init out/base/best.pt
+    torchrun --nproc_per_node=8 finetune_seg.py --init out/base/best.pt --data ADEChallengeData2016
+    torchrun --nproc_per_node=8 finetune_seg.py --init out/base/best.pt --data coco --tasks instance
+--data: ADE20K's or COCO's folder, any in their formats, or photos and label PNGs; see formats.py.
 Several tasks share everything but their heads and e_i, and every batch evenly (Table 3).
-ToyWorld is the only labelled data set so far.
 
 Losses, augmentation, schedule and inference are Mask2Former's, without its masked attention, which
 the paper does not mention. OUT holds last.pt, best.pt, log.jsonl and samples/*.png: photo, then
@@ -73,6 +74,9 @@ def flags():
     share = training.number(float, 0, 1)
     add("--object-threshold", type=share, default=0.8, help="panoptic: sure enough of its class")
     add("--overlap-threshold", type=share, default=0.8, help="panoptic: owns enough of its mask")
+    add("--first-label", type=training.COUNT, help="in a folder of label PNGs, the value of the "
+        "first class; less is no class (default: 1 in ADE20K's layout, else 0)")
+    add("--ignore-label", type=training.COUNT, help="a value, besides 255, that is no class")
     parser.set_defaults(batch_size=2, out="out/segmentation", steps=160_000, lr=1e-4,
                         backbone_lr=0.1, drop_path=0.3)
     return parser
@@ -198,7 +202,8 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     is_best = best is None or sum(found.values()) >= sum(best.values())
     best = found if is_best else best
     checkpoints.keep(args, model, optimizer, state, step, best, is_best=is_best,
-                     classes=list(val.classes), things=val.things)
+                     classes=list(val.classes), things=val.things,
+                     category_ids=list(val.source.category_ids))
     return best
 
 
@@ -231,7 +236,8 @@ def main(args):
     """Train; returns mIoU, AP, PQ of the best evaluation, as far as trained for, and the step."""
     state = training.start(args)
     train, val = open_segmentation(args.data, args.size, args.data_fraction, args.seed, args.tasks,
-                                   args.overfit)
+                                   args.overfit, on_error=args.on_error,
+                                   ignore_label=args.ignore_label, first_label=args.first_label)
     model = build(args, train, state)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
@@ -248,8 +254,8 @@ def main(args):
     training.compile_model(model, args)
     ddp = state.wrap(model)
     batches = training.Batches(len(train), args, state, step, args.steps, kinds=len(args.tasks))
-    loader = training.Timed(training.loader(train, batches, collate, model.glid.config, args,
-                                            state))
+    loader = training.Timed(training.loader(training.forgiving(train, args), batches, collate,
+                                            model.glid.config, args, state))
     log = training.Log(args, state, step)
     bar = training.Progress(step, args.steps, "+".join(args.tasks), loader, state, total_batch)
     model.train()
@@ -282,7 +288,7 @@ def main(args):
             best = conclude(model, val, args, state, step, best, optimizer, log)
         elif saves:
             checkpoints.keep(args, model, optimizer, state, step, best, classes=list(val.classes),
-                             things=val.things)
+                             things=val.things, category_ids=list(val.source.category_ids))
     bar.close()
     state.say(f"best {words(best)} in {step} steps; {args.out}/samples/{step:06d}.png")
     return best | {"step": step}

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +31,15 @@ import torchvision
 from PIL import Image
 
 import checkpoints
+import cocomask
 import data
 import draw
+import files
 import finetune_depth
 import finetune_det
 import finetune_pose
 import finetune_seg
+import formats
 import inference
 import layout
 import losses
@@ -2283,12 +2287,12 @@ def test_pose_samples():
 def test_pose_detector_boxes():
     """A detector's file: xywh -> xyxy, other categories and photos left out; what is wrong with it
     is said in one line."""
-    good = {"image_id": 0, "category_id": 1, "bbox": [1, 2, 30, 40], "score": 0.5}
+    good = {"image_id": 0, "category_id": 0, "bbox": [1, 2, 30, 40], "score": 0.5}
     with folder() as at:
         path = at / "boxes.json"
         path.write_text(json.dumps([good, good | {"category_id": 3}, good | {"image_id": 9},
                                     good | {"image_id": 2, "score": 1}]))
-        found = data.read_boxes(path, [0, 1, 2])
+        found = data.read_boxes(path, [0, 1, 2], person=0)
         assert [len(b) for b, _ in found] == [1, 0, 1] and found[0][0].tolist() == [[1, 2, 31, 42]]
         assert found[2][1].tolist() == [1]
         val = data.open_pose("toyworld:3", (64, 48), boxes=path)[1]
@@ -2304,13 +2308,13 @@ def test_pose_detector_boxes():
                           ({"image_id": 0}, "entry 1"), (good | {"image_id": [0]}, "entry 1")):
             path.write_text(json.dumps([good, bad]))
             with raises(InputError, "--boxes", "boxes.json", word):
-                data.read_boxes(path, [0, 1, 2])
+                data.read_boxes(path, [0, 1, 2], person=0)
         for text, word in (("[", "JSON"), ("{}", "list"), ("[]", "no person")):
             path.write_text(text)
             with raises(InputError, "--boxes", word):
-                data.read_boxes(path, [0, 1, 2])
+                data.read_boxes(path, [0, 1, 2], person=0)
         with raises(InputError, "--boxes", "none.json"):
-            data.read_boxes(at / "none.json", [0])
+            data.read_boxes(at / "none.json", [0], person=0)
         with raises(InputError, "--size 60 48", "16"), quiet():
             finetune_pose.main(args_for(finetune_pose, "--size", 60, 48, "--out", at / "odd"))
 
@@ -2370,6 +2374,565 @@ def test_two_processes_share_photos():
     assert len(one.images) == 7 and len(first.images) == 4 and len(second.images) == 3
     first.merge(second)
     assert first.result() == one.result() and 0.05 < one.result()["AP"] < 0.999
+
+
+# -----------------------------------------------------------------------------
+# Official layouts
+
+
+SHARED = HERE.parent / "shared" / "data"        # real photos, if somebody put them there
+
+
+def exported(at, kind, count=3, size=64):
+    with quiet():
+        for split in ("train", "val"):
+            toyexport.export(at, kind, count, size, 0, split)
+    return at
+
+
+def toy(split, count=3, keys=(), size=64):
+    with quiet():
+        return data.ToyWorld(split, count, size, keys=keys)
+
+
+def write_png(path, array, **how):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(array)).save(path, **how)
+
+
+def test_coco_layout_gives_toyworld_back():
+    """Export -> source: boxes, masks, classes, joints, segments exactly as ToyWorld drew them."""
+    keys = ["boxes", "classes", "masks", "keypoints", "panoptic", "segments", "semantic"]
+    with folder() as at:
+        exported(at, "coco")
+        objects = formats.open_folder(at, ["masks"])
+        poses = formats.open_folder(at, ["keypoints"])
+        segments = formats.open_folder(at, ["semantic", "panoptic"])
+        for n, split in enumerate(("train", "val")):
+            assert objects[n].classes == toyworld.THINGS and objects[n].things == 7
+            assert objects[n].category_ids == tuple(range(3, 31, 4)) and objects[n].ids == [0, 1, 2]
+            assert segments[n].classes == toyworld.CLASSES and segments[n].things == 7
+            assert poses[n].classes == ("person",) and poses[n].category_ids == (3,)
+            for i, truth in enumerate(toy(split, keys=keys)):
+                found, pose, whole_ = (s[n][i] for s in (objects, poses, segments))
+                for key in ("boxes", "classes", "masks"):
+                    assert (found[key].as_subclass(torch.Tensor) == truth[key]).all(), key
+                assert (found["area"] == truth["masks"].sum((1, 2))).all()
+                assert not found["iscrowd"].any() and found["iscrowd"].dtype == torch.bool
+                person = truth["classes"] == 0
+                assert (pose["keypoints"] == truth["keypoints"][person]).all()
+                assert (pose["boxes"] == truth["boxes"][person]).all()
+                assert (poses[n].labels(i)["keypoints"] == pose["keypoints"]).all()
+                assert (whole_["semantic"] == truth["semantic"]).all()
+                order = truth["segments"][:, 0].argsort()               # as np.unique wrote them
+                assert (whole_["segments"][:, 1:] == truth["segments"][order, 1:]).all()
+                assert (truth["segments"][order, 0][whole_["panoptic"].long() - 1]
+                        == truth["panoptic"]).all()
+                difference = (found["image"].float() - truth["image"]).abs().mean()
+                assert difference < 8 and found["image"].dtype == torch.uint8       # JPEG
+
+
+def test_ade20k_layout_gives_toyworld_back():
+    with folder() as at:
+        exported(at, "ade20k")
+        for names in (None, toyworld.CLASSES):
+            if names:
+                (at / "classes.txt").write_text("\n".join(names) + "\n")
+            with quiet():
+                sources = formats.open_folder(at, ["semantic"])
+            for source, split in zip(sources, ("train", "val")):
+                assert source.category_ids == tuple(range(1, 13)) and source.things == 0
+                assert source.classes == (names or tuple(map(str, range(1, 13))))
+                for i, truth in enumerate(toy(split, keys=["semantic"])):
+                    assert (source[i]["semantic"] == truth["semantic"]).all()
+                    assert source[i]["semantic"].dtype == torch.uint8
+
+
+def test_nyu_layout_gives_toyworld_back():
+    with folder() as at:
+        exported(at, "nyu")
+        for scale in (1000.0, 500.0):
+            for source, split in zip(formats.open_folder(at, ["depth"], depth_scale=scale),
+                                     ("train", "val")):
+                for i, truth in enumerate(toy(split, keys=["depth"])):
+                    depth = source[i]["depth"] * scale / 1000
+                    assert (depth - truth["depth"]).abs().max() <= 0.00051
+                    assert ((depth == 0) == (truth["depth"] == 0)).all()
+        # the Kinect's border goes in training, from NYU's photos of its size only
+        for height, width, crop in ((480, 640, (427, 565)), (480, 600, (480, 600))):
+            ramp = np.arange(height * width).reshape(height, width) % 60000
+            write_png(at / "train/rgb_00000.jpg", np.zeros((height, width, 3), np.uint8))
+            write_png(at / "train/sync_depth_00000.png", ramp.astype(np.uint16))
+            train, _ = data.open_depth(at, 1000, 1000)
+            whole_photo, _ = data.open_depth(at, 1000, 1000, overfit=True)
+            train.transform = lambda sample: sample
+            depth = train[0, 0]["depth"]
+            assert depth.shape == crop and whole_photo[0, 0]["depth"].shape == (height, width)
+            top, left = (45, 43) if crop[0] < height else (0, 0)
+            assert abs(depth[0, 0] * 1000 - ramp[top, left]) < 1e-2
+
+
+def test_masks_are_drawn_as_the_official_tool_does():
+    """Outlines by hand, and pixel counts and strings as pycocotools gives them."""
+    def rows(mask):
+        return ["".join("01"[v] for v in row) for row in mask.tolist()]
+    assert rows(cocomask.from_polygon([1, 1, 5, 1, 5, 4, 1, 4], 6, 8)) == [
+        "00000000", "01111000", "01111000", "01111000", "00000000", "00000000"]
+    assert rows(cocomask.from_polygon([0.5, 0.5, 7.5, 3, 2, 5.5], 6, 8)) == [
+        "00000000", "01100000", "01111100", "01111100", "00110000", "00000000"]
+    assert rows(cocomask.from_polygon([-3, -2, 10, 2, 3, 9], 5, 7)) == [    # beyond the photo
+        "1111100", "1111111", "1111111", "1111111", "0111111"]
+    official = ("T52V12O1N2N2N1O2N2N2O0O1O1O1O1O1O1O100O1O1O1O1O1O100O1O1ON2N2O1N2N3M2O1N2N2O1N2N2"
+                "N3N1N2N`3")
+    mask = cocomask.from_polygon([3.3, 4.1, 47.2, 9.9, 30.5, 38.8, 12, 20.2], 40, 50)
+    assert mask.sum() == 751 and (cocomask.from_runs(official, 40, 50) == mask).all()
+    assert rows(cocomask.from_runs([1, 2, 3], 3, 2)) == ["00", "10", "10"]
+    assert rows(cocomask.from_runs(b"0220", 2, 3)) == ["101", "101"]
+    two = cocomask.mask([[0, 0, 2, 0, 2, 2, 0, 2], [1, 1, 3, 1, 3, 3, 1, 3]], 4, 4)
+    assert rows(two) == ["1100", "1110", "0110", "0000"]                    # a union, no xor
+
+
+def little_coco(at, change=lambda content: None, kind="instances"):
+    """Two training photos of 6 x 8 px and one to validate, two objects and an empty photo; the
+    training JSON after change(content)."""
+    for split, count in (("train", 2), ("val", 1)):
+        images = [dict(id=i, file_name=f"{i}.png", height=6, width=8) for i in range(count)]
+        box = [1, 1, 4, 3]
+        square = dict(image_id=0, bbox=box, area=12, iscrowd=0, category_id=30,
+                      segmentation=[[1, 1, 5, 1, 5, 4, 1, 4]], keypoints=[2, 2, 2] * 17)
+        notes = [dict(square, id=1), dict(square, id=2, category_id=30)]
+        kinds = [dict(id=7, name="bench", isthing=0), dict(id=30, name="person", isthing=1)]
+        if kind == "panoptic":
+            notes = [dict(image_id=i, file_name=f"{i}.png",
+                          segments_info=[dict(id=5, category_id=7), dict(id=256, category_id=30)])
+                     for i in range(count)]
+        content = dict(images=images, annotations=notes, categories=kinds)
+        for i in range(count):
+            write_png(at / f"{split}2017/{i}.png", np.full((6, 8, 3), 40 * i, np.uint8))
+            ids = np.zeros((6, 8, 3), np.uint8)
+            ids[:3, :, 0], ids[4:, :, 1] = 5, 1
+            write_png(at / f"annotations/panoptic_{split}2017/{i}.png", ids)
+        if split == "train":
+            change(content)
+        (at / "annotations" / f"{kind}_{split}2017.json").write_text(json.dumps(content))
+    return at
+
+
+def read_all(at, keys, **how):
+    with quiet():
+        sources = formats.open_folder(at, keys, **how)
+        return [[source[i] for i in range(len(source))] for source in sources]
+
+
+def first(content, **values):
+    """Change the first annotation; None takes a key away."""
+    content["annotations"][0] |= values
+    for key in [k for k, v in values.items() if v is None]:
+        del content["annotations"][0][key]
+
+
+def test_broken_coco_files_are_named():
+    """Each of these JSON files ends in one line with its name, whether opened or read."""
+    runs = lambda counts, size=(6, 8): dict(segmentation=dict(counts=counts, size=list(size)))
+    cases = [
+        ("nan", lambda c: first(c, bbox=[1, float("nan"), 2, 2])),
+        ("list of 4 numbers", lambda c: first(c, bbox=["1", 1, 2, 2])),
+        ("list of 4 numbers", lambda c: first(c, bbox=[1, 1, 2])),
+        ("list of 4 numbers", lambda c: first(c, bbox={})),
+        ("finite", lambda c: first(c, bbox=[1, 1, 2, float("inf")])),
+        ("negative", lambda c: first(c, bbox=[1, 1, -2, 2])),
+        ("no 'bbox'", lambda c: first(c, bbox=None)),
+        ("no 'image_id'", lambda c: first(c, image_id=None)),
+        ("no 'category_id'", lambda c: first(c, category_id=None)),
+        ("no 'segmentation'", lambda c: first(c, segmentation=None)),
+        ("image 99", lambda c: first(c, image_id=99)),
+        ("category 8", lambda c: first(c, category_id=8)),
+        ("iscrowd", lambda c: first(c, iscrowd=2)),
+        ("area", lambda c: first(c, area=-1)),
+        ("numbers", lambda c: first(c, area="big")),
+        ("annotations have this id", lambda c: first(c, id=2)),
+        ("three points", lambda c: first(c, segmentation=[[1, 1, 3, 3]])),
+        ("three points", lambda c: first(c, segmentation=[[1, 1, 3, 3, 2, 2, 1]])),
+        ("three points", lambda c: first(c, segmentation=[])),
+        ("list of", lambda c: first(c, segmentation=[[1, 1, "3", 3, 2, 2]])),
+        ("finite", lambda c: first(c, segmentation=[[1, 1, 3, 3, 2, float("nan")]])),
+        ("fill", lambda c: first(c, **runs([3, 4]))),
+        ("fill", lambda c: first(c, **runs([3, -4, 49]))),
+        ("fill", lambda c: first(c, **runs([3.5, 44.5]))),
+        ("fill", lambda c: first(c, **runs("04020"))),
+        ("compressed", lambda c: first(c, **runs("\x01\x02"))),
+        ("size", lambda c: first(c, **runs([3, 45], (8, 6)))),
+        ("images have this id", lambda c: c["images"][1].update(id=0)),
+        ("no 'height'", lambda c: c["images"][1].pop("height")),
+        ("height and width", lambda c: c["images"][1].update(width=0)),
+        ("no 'file_name'", lambda c: c["images"][1].pop("file_name")),
+        ("gone.png", lambda c: c["images"][1].update(file_name="gone.png")),
+        ("categories have the same id", lambda c: c["categories"][0].update(id=30)),
+        ("whole number", lambda c: c["categories"][0].update(id="7")),
+        ("no 'name'", lambda c: c["categories"][0].pop("name")),
+        ("no category", lambda c: c.update(categories=[])),
+        ("images", lambda c: c.pop("images")),
+        ("annotations", lambda c: c.update(annotations={"1": 2})),
+        ("annotations", lambda c: c.update(annotations=[1, 2])),
+        ("segment", lambda c: first(c, segments_info=[]))]
+    for words, change in cases:
+        with folder() as at, raises(InputError, words, "train2017" if words != "gone.png" else ""):
+            read_all(little_coco(at, change), ["masks"])
+    for text in ("", "{", "[]", "3", "\0\xff", "[" * 100_000):
+        with folder() as at, raises(InputError, "instances_train2017.json"):
+            (little_coco(at) / "annotations/instances_train2017.json").write_text(text)
+            read_all(at, ["boxes"])
+    for words, change in (("51 numbers", lambda c: first(c, keypoints=[1, 2, 2])),
+                          ("no 'keypoints'", lambda c: first(c, keypoints=None)),
+                          ("flag", lambda c: first(c, keypoints=[1, 2, 3] * 17)),
+                          ("person", lambda c: c["categories"].pop())):
+        with folder() as at, raises(InputError, words, "person_keypoints_train2017.json"):
+            read_all(little_coco(at, change, "person_keypoints"), ["keypoints"])
+    with folder() as at, raises(InputError, "val2017.json", "category 30"):
+        read_all(little_coco(at, lambda c: c["categories"][1].update(name="people")), ["boxes"])
+
+
+def test_broken_panoptic_files_are_named():
+    def segment(**values):
+        return lambda c: c["annotations"][0]["segments_info"][0].update(values)
+    for words, change in (
+            ("is not drawn", lambda c: c["annotations"][0]["segments_info"].append(
+                dict(id=9, category_id=7))),
+            ("is drawn", lambda c: c["annotations"][0]["segments_info"].pop()),
+            ("is drawn", segment(id=6)), ("segment id 0", segment(id=0)),
+            ("segment id", segment(id="5")), ("same id", segment(id=256)),
+            ("category 8", segment(category_id=8)), ("iscrowd", segment(iscrowd="no")),
+            ("no annotation", lambda c: c["annotations"].pop()),
+            ("has two", lambda c: c["annotations"].append(c["annotations"][0])),
+            ("not listed", lambda c: first(c, image_id=9)),
+            ("not there", lambda c: first(c, file_name="gone.png")),
+            ("no 'file_name'", lambda c: first(c, file_name=None)),
+            ("segments_info", lambda c: first(c, segments_info=None)),
+            ("no 'isthing'", lambda c: c["categories"][0].pop("isthing")),
+            ("isthing", lambda c: c["categories"][0].update(isthing="yes"))):
+        with folder() as at, raises(InputError, words, "panoptic_train2017"):
+            read_all(little_coco(at, change, "panoptic"), ["panoptic"])
+    for pixels in (np.zeros((6, 8), np.uint8), np.zeros((6, 7, 3), np.uint8)):
+        with folder() as at, raises(InputError, "panoptic_train2017"):
+            little_coco(at, kind="panoptic")
+            write_png(at / "annotations/panoptic_train2017/0.png", pixels)
+            read_all(at, ["panoptic"])
+    with folder() as at:
+        little_coco(at, kind="panoptic")
+        sample = read_all(at, ["panoptic", "semantic"])[0][0]
+        assert sample["segments"].tolist() == [[1, 1, 0], [2, 0, 0]]        # bench is stuff, last
+        assert sample["panoptic"][:, 0].tolist() == [1, 1, 1, 0, 2, 2]
+        assert sample["semantic"][:, 0].tolist() == [1, 1, 1, 255, 0, 0]
+
+
+def test_odd_coco_files_are_read_right():
+    """What is strange but not wrong."""
+    def odd(c):
+        first(c, bbox=[-2.5, 1, 3, 0], area=None, iscrowd=None,
+              segmentation=[[-9, -9, 3, -9, 3, 2, -9, 2]])
+        c["annotations"][1] |= dict(bbox=[6, 4, 9, 9], segmentation=[[20, 20, 30, 20, 30, 30]])
+        crowd = dict(counts=[0, 2, 46], size=[6, 8])
+        c["annotations"].append(dict(id=3, image_id=1, bbox=[0, 0, 2, 2], area=4, iscrowd=1,
+                                     category_id=30, segmentation=crowd))
+    with folder() as at:
+        little_coco(at, odd)
+        (sample, empty), _ = read_all(at, ["boxes"])
+        assert sample["boxes"][0].tolist() == [-2.5, 1, 0.5, 1] and sample["area"][0] == 0
+        assert len(empty["boxes"]) == 1 and empty["iscrowd"].all()
+        (sample,), _ = read_all(at, ["masks"])              # a photo of crowds teaches no mask
+        assert sample["masks"].sum((1, 2)).tolist() == [6, 0]
+        train, val = data.open_detection(at, 32, overfit=True)
+        assert len(train[0, 0]["labels"]) == 1 and len(train[0, 1]["labels"]) == 0
+        expected = torch.tensor([[7 / 8, 5 / 6, 2 / 8, 2 / 6]])             # cut at the border
+        assert_close(train[0, 0]["boxes"], expected, 1e-6)
+        assert val[0, 0]["boxes"][1].tolist() == [6, 4, 15, 13]
+        train, _ = data.open_segmentation(at, 32, tasks=["instance"], overfit=True)
+        assert train[0, 0]["masks"].flatten(1).any(1).tolist() == [True] and train.things == 2
+        assert formats.open_folder(at, ["boxes"])[0].classes == ("bench", "person")
+        (at / "annotations/instances_val2017.json").unlink()
+        train, val = formats.open_folder(at, ["boxes"])                     # every 20th validates
+        assert (train.ids, val.ids) == ([1], [0])
+        for year in (2014, 2017):
+            (at / f"annotations/instances_train{year}.json").write_text("{}")
+        with raises(InputError, "instances_train2014.json", "instances_train2017.json"):
+            formats.open_folder(at, ["boxes"])
+
+
+def test_any_photo_is_read_right_or_named():
+    """Photos of a COCO folder in every odd coding; EXIF decided by the size that the JSON says."""
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    grey, turned = rgb[..., 0], Image.Exif()
+    turned[0x0112] = 6                                      # to be turned by 90 degrees when shown
+    right = [("CMYK", Image.fromarray(rgb).convert("CMYK"), "jpeg"),
+             ("palette", Image.fromarray(rgb).convert("RGBA").quantize(9), "png"),
+             ("16 bit", Image.fromarray(grey.astype(np.uint16) * 257), "png"),
+             ("alpha", Image.fromarray(grey).convert("LA"), "png"),
+             ("bits", Image.fromarray(grey > 99), "png")]
+    header = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+    size = (20_000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
+    bomb = header + size + zlib.crc32(b"IHDR" + size).to_bytes(4, "big")
+    whole_jpeg = io.BytesIO()
+    Image.fromarray(rgb).resize((64, 64)).save(whole_jpeg, "jpeg")
+    whole_jpeg = whole_jpeg.getvalue()
+    with folder() as at:
+        photo = little_coco(at) / "train2017/0.png"
+        for name, image, coding in right:
+            image.save(photo, coding)
+            found = read_all(at, ["boxes"])[0][0]["image"]
+            assert found.shape == (3, 6, 8), name
+            if image.mode == "I;16":
+                assert (found[0].numpy() == grey).all()
+        for stored, shown in ((rgb, True), (rgb.transpose(1, 0, 2), False)):
+            Image.fromarray(np.ascontiguousarray(stored)).save(photo, "png", exif=turned)
+            expected = rgb if shown else np.rot90(stored, -1)
+            assert (read_all(at, ["boxes"])[0][0]["image"].permute(1, 2, 0).numpy()
+                    == expected).all()
+        for content in (whole_jpeg[:400], b"", b"not a photo", bomb, bomb[:20]):
+            photo.write_bytes(content)
+            with raises(InputError, str(photo)):
+                read_all(at, ["boxes"])
+        photo.unlink()
+        photo.mkdir()
+        with raises(InputError, str(photo)):
+            read_all(at, ["boxes"])
+        photo.rmdir()
+        write_png(photo, rgb[:5])
+        with raises(InputError, str(photo), "5 x 8"):
+            read_all(at, ["boxes"])
+    for height, width in ((1, 1), (1, 20_000), (20_000, 390), (20_000, 500)):
+        def resize(content, size=(height, width)):
+            content["images"][0] |= dict(height=size[0], width=size[1])
+        with folder() as at:
+            photo = little_coco(at, resize) / "train2017/0.png"
+            write_png(photo, np.zeros((height, width), bool))
+            if max(height, width) > 50 * min(height, width):
+                with raises(InputError, str(photo), "side"):
+                    read_all(at, ["boxes"])
+            else:
+                train, val = data.open_detection(at, 64, overfit=True)
+                assert min(train[0, 0]["image"].shape) > 0 and val[0, 0]["size"][0] == height
+
+
+def test_mask_folders():
+    """Layouts, the two rules of which value is no class, names, and what is wrong with labels."""
+    def make(at, photos, labels, value=3, mode=None):
+        write_png(at / photos / "a.png", np.zeros((6, 8, 3), np.uint8))
+        write_png(at / photos / "b.jpg", np.zeros((6, 8, 3), np.uint8))
+        for stem, top in (("a", 0), ("b", value)):
+            label = np.full((6, 8), 1, np.uint8)
+            label[0], label[1] = top, 255
+            write_png(at / labels / f"{stem}.png", label)
+    with folder() as at:
+        make(at, "train/images", "train/labels")
+        train, val = read_all(at, ["semantic"])
+        assert len(train) == len(val) == 1                  # held out
+        make(at, "val/images", "val/labels", 1)
+        sources = formats.open_folder(at, ["semantic"])
+        assert [len(s) for s in sources] == [2, 2] and sources[0].classes == tuple("0123")
+        assert sources[0][1]["semantic"][:3, 0].tolist() == [3, 255, 1]
+        for how, expected, classes in ((dict(ignore_label=3), [255, 255, 1], "01"),
+                                       (dict(first_label=1), [2, 255, 0], "123"),
+                                       (dict(first_label=1, ignore_label=3), [255, 255, 0], "1")):
+            with quiet():
+                sources = formats.open_folder(at, ["semantic"], **how)
+            assert sources[0][1]["semantic"][:3, 0].tolist() == expected
+            assert sources[0].classes == tuple(classes)
+        (at / "classes.txt").write_text("sky\nsea\n\n")
+        with raises(InputError, "b.png", "label 3", "--ignore-label"):
+            read_all(at, ["semantic"])
+        for content, words in ((b"", "not a readable"), (None, "b.jpg")):
+            label = at / "train/labels/b.png"
+            label.write_bytes(content) if content is not None else label.unlink()
+            with raises(InputError, words):
+                read_all(at, ["semantic"])
+        write_png(label, np.zeros((6, 8, 3), np.uint8))
+        with raises(InputError, "b.png", "one channel"):
+            read_all(at, ["semantic"])
+        write_png(label, np.zeros((6, 9), np.uint8))
+        with raises(InputError, "b.jpg", "6 x 9"):
+            read_all(at, ["semantic"])
+        palette = Image.fromarray(np.ones((6, 8), np.uint8), "P")
+        palette.putpalette([9, 9, 9, 200, 0, 0])
+        palette.save(label)
+        assert (read_all(at, ["semantic"])[0][1]["semantic"] == 1).all()    # the index
+        write_png(label, np.full((6, 8), 1, np.uint16))
+        assert (read_all(at, ["semantic"])[0][1]["semantic"] == 1).all()
+        write_png(at / "train/labels/orphan.png", np.zeros((6, 8), np.uint8))
+        with raises(InputError, "orphan.png"):
+            read_all(at, ["semantic"])
+    with folder() as at:                                    # ADE20K: 0 is unlabelled
+        for split in ("training", "validation"):
+            make(at, f"images/{split}", f"annotations/{split}", 150 if split[0] == "t" else 151)
+        with raises(InputError, "validation/b.png", "label 151"):
+            read_all(at, ["semantic"])
+        names = [f"{k}\t0.1\t1\t1\tclass {k}, another name" for k in range(1, 151)]
+        (at / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *names]))
+        train, _ = formats.open_folder(at, ["semantic"])
+        assert train.classes[149] == "class 150" and train.category_ids[149] == 150
+        assert train[0]["semantic"][:3, 0].tolist() == [255, 255, 0]
+        assert train[1]["semantic"][:3, 0].tolist() == [149, 255, 0]
+
+
+def test_ade20k_instances():
+    """Things from annotations_instance over the stuff of annotations; things without an instance
+    are void."""
+    with folder() as at:
+        label, colours = np.zeros((6, 8), np.uint8), np.zeros((6, 8, 3), np.uint8)
+        label[0], label[1:3], label[4:] = 1, 4, 3                           # wall, lamp, floor
+        colours[1, :4], colours[1, 4:], colours[4] = (1, 1, 0), (1, 2, 0), (2, 1, 0)
+        for split in ("training", "validation"):
+            write_png(at / f"images/{split}/a.png", np.zeros((6, 8, 3), np.uint8))
+            write_png(at / f"annotations/{split}/a.png", label)
+            write_png(at / f"annotations_instance/{split}/a.png", colours)
+        with raises(InputError, "categoryMapping.txt"):
+            read_all(at, ["panoptic"])
+        (at / "objectInfo150.txt").write_text("Idx\tName\n1\twall\n2\tchair\n3\tfloor\n4\tlamp\n")
+        (at / "categoryMapping.txt").write_text("Instance\tScene\tFull\n1\t4\t7\n2\t2\t9\n")
+        source = formats.open_folder(at, ["panoptic", "semantic"])[0]
+        assert source.classes == ("lamp", "chair", "wall", "floor") and source.things == 2
+        assert source.category_ids == (4, 2, 1, 3)
+        sample = source[0]
+        kind = {i: c for i, c, _ in sample["segments"].tolist()} | {0: None}
+        assert [kind[i] for i in sample["panoptic"][:, 0].tolist()] == [2, 0, None, None, 1, 3]
+        assert len(kind) == 6 and sample["panoptic"][1, 0] != sample["panoptic"][1, 7]
+        assert sample["semantic"][:, 0].tolist() == [2, 0, 0, 255, 3, 3]
+        assert "panoptic" in formats.open_folder(at, ["masks"])[1][0]       # instances alone
+        (at / "categoryMapping.txt").write_text("Instance\tScene\tFull\n1\t2\t7\n")
+        with raises(InputError, "annotations_instance/training/a.png", "instance class 2"):
+            read_all(at, ["panoptic"])
+
+
+def test_depth_pairs():
+    with folder() as at:
+        for split in ("train", "val"):
+            write_png(at / f"{split}/rgb/a.png", np.zeros((6, 8, 3), np.uint8))
+            write_png(at / f"{split}/depth/a.png", np.full((6, 8), 5120, np.uint16))
+        sample = read_all(at, ["depth"], depth_scale=256.0)[1][0]
+        assert (sample["depth"] == 20).all() and sample["depth"].dtype == torch.float32
+        bad = at / "val/depth/a.png"
+        for pixels in (np.zeros((6, 8), np.uint8), np.zeros((6, 8), np.float32),
+                       np.zeros((6, 8, 3), np.uint8), np.full((6, 8), -3, np.int32)):
+            Image.fromarray(pixels).save(bad, "tiff")
+            with raises(InputError, str(bad), "16 bits"):
+                read_all(at, ["depth"])
+        write_png(bad, np.zeros((7, 8), np.uint16))
+        with raises(InputError, "val/rgb/a.png", "7 x 8"):
+            read_all(at, ["depth"])
+        for line, words in (("rgb/a.png", "line 1"), ("rgb/a.png None 518", "None"), ("", "line")):
+            (at / "nyudepthv2_train_files_with_gt.txt").write_text(line + "\n")
+            with raises(InputError, words):
+                read_all(at, ["depth"])
+    with folder() as at:
+        for keys in ("depth", "keypoints", "panoptic", "masks", "boxes", "semantic"):
+            with raises(InputError, str(at), "expected", formats.EXPECTED[keys]):
+                formats.open_folder(at, [keys])
+        for path in (at / "none", at / "file"):
+            (at / "file").touch()
+            with raises(InputError, str(path), "no such folder"):
+                formats.open_folder(path, ["depth"])
+
+
+def test_skipping_what_is_broken():
+    """--on-error skip: photos of broken entries are left out, broken photos are replaced in
+    training and left out of validation; each is told once, and counted."""
+    def three(content):
+        for i in (2, 3):
+            content["images"].append(dict(content["images"][0], id=i, file_name=f"{i}.png"))
+        content["annotations"].append(dict(content["annotations"][1], id=3, image_id=3, bbox=[]))
+        content["images"].append(dict(content["images"][0], id=4, file_name="gone.png"))
+    with folder() as at:
+        little_coco(at, three)
+        for i in (2, 3):
+            write_png(at / f"train2017/{i}.png", np.full((6, 8, 3), 40 * i, np.uint8))
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told):
+            train, val = data.open_detection(at, 16, on_error="skip")
+        assert train.source.ids == [0, 1, 2] and "annotation 3" in told.getvalue()
+        assert "gone.png" in told.getvalue() and "2 of 5 photos" in told.getvalue()
+        (at / "train2017/1.png").write_bytes(b"")
+        args = argparse.Namespace(on_error="skip", batch_size=1, workers=1, seed=0, accumulate=1)
+        state = training.Run(torch.device("cpu"))
+        train.transform = lambda sample: sample
+        forgiving = training.forgiving(train, args)
+        assert training.forgiving(train, argparse.Namespace(on_error="stop")) is train
+        told, batches = io.StringIO(), [[(0, i)] for i in (0, 1, 2, 1)]
+        timed = training.Timed(training.loader(forgiving, batches, data.collate, TINY, args, state))
+        with contextlib.redirect_stderr(told):
+            pixels = [int(next(timed)[0].max()) for _ in batches]
+            assert pixels == [0, 80, 80, 80] and timed.skipped() == 1
+            assert [forgiving[0, i]["image"].max().item() for i in (1, 2)] == [80, 80]
+        assert not told.getvalue()                          # the data process has told it already
+        for i in (0, 2):
+            (at / f"train2017/{i}.png").write_bytes(b"")
+        with raises(InputError, "no training photo"), quiet():
+            forgiving[0, 0]
+        assert forgiving.broken.all()
+    with folder() as at:
+        little_coco(at)
+        content = json.loads((at / "annotations/instances_val2017.json").read_text())
+        content["images"].append(dict(content["images"][0], id=5, file_name="5.png"))
+        (at / "annotations/instances_val2017.json").write_text(json.dumps(content))
+        (at / "val2017/5.png").write_bytes(b"broken")
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told):
+            _, val = data.open_detection(at, 16, on_error="skip")
+        assert val.source.ids == [0] and "5.png" in told.getvalue()
+        assert "1 of 2 validation" in told.getvalue()
+
+
+def test_fractions_of_a_folder():
+    """Larger shares contain smaller ones, and are no prefix: files are sorted by scene."""
+    with folder() as at:
+        exported(at, "nyu", 12, 16)
+        parts = [data.open_depth(at, 16, 16, f)[0].source.ids for f in (0.01, 0.25, 0.5, 1.0)]
+        assert [len(p) for p in parts] == [1, 3, 6, 12]
+        assert all(set(a) < set(b) for a, b in itertools.pairwise(parts))
+        assert parts[2] != parts[3][:6] and parts == [sorted(p) for p in parts]
+    records = [dict(id=i) for i in range(41)]
+    train, val = files.hold_out("", files.Source(records, None))
+    assert val.ids == [0, 20, 40] and sorted(train.ids + val.ids) == list(range(41))
+
+
+def test_scripts_run_on_folders():
+    """Every task, trained for a step and evaluated on files alone; checkpoints keep the classes."""
+    with folder() as at:
+        places = {kind: exported(at / kind, kind, 2) for kind in ("coco", "ade20k", "nyu")}
+        runs = [(finetune_det, "coco", ["--size", 48, "--queries", 8, "--many-queries", 8]),
+                (finetune_seg, "coco", ["--size", 48, "--tasks", "instance"]),
+                (finetune_seg, "coco", ["--size", 48, "--tasks", "semantic,instance,panoptic"]),
+                (finetune_seg, "ade20k", ["--size", 48]),
+                (finetune_depth, "nyu", ["--crop", 48, 48, "--on-error", "skip"])]
+        for n, (script, kind, flags) in enumerate(runs):
+            out = at / f"out{n}"
+            flags = ["--data", places[kind], "--out", out, "--steps", 1, "--batch-size", 2,
+                     "--workers", 0, *flags]
+            with quiet():
+                result = script.main(args_for(script, *flags))
+            assert result["step"] == 1 and (out / "samples/000001.png").exists()
+            kept = checkpoints.read(out / "last.pt", "")
+            if n < 3:
+                names = toyworld.THINGS if n < 2 else toyworld.CLASSES
+                assert kept["classes"] == list(names)
+                assert kept["category_ids"] == [4 * k + 3 for k in range(len(names))]
+
+
+def test_real_files():
+    """The real subset, if there: every source opens, first and last sample hang together."""
+    if not SHARED.is_dir():
+        print(f"skipped: {SHARED} is not there")
+        return
+    for name, keys in (("coco", ["masks"]), ("coco", ["keypoints"]), ("coco", ["panoptic"]),
+                       ("ADEChallengeData2016", ["semantic"]), ("nyu", ["depth"])):
+        for source in formats.open_folder(SHARED / name, keys):
+            for sample in (source[0], source[len(source) - 1]):
+                size = sample["image"].shape[-2:]
+                for key in {"masks", "panoptic", "semantic", "depth"} & sample.keys():
+                    assert sample[key].shape[-2:] == size, key
+                for box, mask in zip(sample.get("boxes", ()), sample.get("masks", ())):
+                    ends = torch.tensor([0, 0, 1, 1])
+                    out = torchvision.ops.masks_to_boxes(mask[None])[0] + ends - box
+                    out *= torch.tensor([-1, -1, 1, 1])     # thin tips of an outline draw nothing
+                    assert out.max() <= 1 and out.min() > -6 and out.abs().median() <= 1
 
 
 # -----------------------------------------------------------------------------

@@ -90,6 +90,8 @@ def add_finetune_flags(parser):
     add("--data-fraction", type=SHARE, default=1.0, help="share of the training set (Table 8)")
     add("--backbone-lr", type=number(float, 0), help="lr of the backbone, times --lr")
     add("--query-lr", type=number(float, 0), default=1.0, help="lr of the e_i, times --lr")
+    add("--on-error", choices=("stop", "skip"), default="stop", help="at a broken photo or "
+        "annotation: stop, or go on without it and count")
 
 
 def parse(parser, presets, argv=None):
@@ -120,7 +122,7 @@ def run(main, args):
         return main(args)
     except (InputError, FloatingPointError) as error:
         # an error from a data process carries its traceback: the last line is ours
-        message = str(error).strip().splitlines()[-1].replace("data.InputError: ", "")
+        message = str(error).strip().splitlines()[-1].replace("files.InputError: ", "")
     except OSError as error:
         message = f"{error.filename or 'input or output'}: {error.strerror or error}"
     finally:
@@ -276,6 +278,34 @@ def loader(dataset, batches, collate, config, args, state):
         pin_memory=state.device.type == "cuda")
 
 
+class Skipping:
+    """A training set in which the next readable sample takes the place of an unreadable one, which
+    is told on stderr once. `broken` is shared with the data processes: bool per sample."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, at):
+        epoch, index = at
+        for i in [*range(index, len(self)), *range(index)]:
+            try:
+                return self.dataset[epoch, i]
+            except InputError as error:
+                if not self.broken[i]:
+                    self.broken[i] = True
+                    print(f"\nskipped: {error}", file=sys.stderr, flush=True)
+        raise InputError("no training photo can be read")
+
+
+def forgiving(dataset, args):
+    """The training set, Skipping with --on-error skip."""
+    return Skipping(dataset) if args.on_error == "skip" else dataset
+
+
 def share(length, args, state):
     """Index lists of this process for evaluation: every sample once, on exactly one process."""
     mine = [(0, i) for i in range(state.rank, length, state.world)]
@@ -308,6 +338,7 @@ class Timed:
 
     def __init__(self, loader):
         self.iterator, self.waited, self.begun = iter(loader), 0.0, time.perf_counter()
+        self.dataset = loader.dataset
 
     def __next__(self):
         before = time.perf_counter()
@@ -317,6 +348,10 @@ class Timed:
 
     def share(self):
         return self.waited / max(time.perf_counter() - self.begun, 1e-9)
+
+    def skipped(self):
+        """How many different samples this process had to skip so far."""
+        return int(self.dataset.broken.sum()) if isinstance(self.dataset, Skipping) else 0
 
 
 class Progress:
@@ -341,6 +376,8 @@ class Progress:
                 "checkpoint is untouched, --resume continues from it")
         self.bar.update(step - self.bar.n)
         rate = self.bar.format_dict["rate"] or 0
+        if skipped := int(self.state.sum(self.loader.skipped())[0]):
+            values["skipped"] = skipped
         self.bar.set_postfix(loss=f"{mean:.4f}", **values, img_s=f"{rate * self.images:.0f}",
                              wait=f"{self.loader.share():.0%}", refresh=False)
         self.total, self.first = 0.0, step
@@ -348,6 +385,9 @@ class Progress:
 
     def close(self):
         self.bar.close()
+        if skipped := int(self.state.sum(self.loader.skipped())[0]):
+            self.state.say(f"{skipped} unreadable training photos were replaced by the next one, "
+                           "each named above")
 
 
 def describe(state, model, train, val, batch, steps, lr):
@@ -356,6 +396,10 @@ def describe(state, model, train, val, batch, steps, lr):
              for name, part in model.glid.named_children()}
     parts["heads"] = sum(p.numel() for p in model.parameters()) / 1e6 - sum(parts.values())
     state.say("parameters (M): " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
+    if classes := getattr(train, "classes", ()):
+        ids = [f"{i} {name}" for i, name in zip(train.source.category_ids, classes)]
+        ids = ids[:5] + ["..."] * (len(ids) > 6) + ids[5:][-1:]
+        state.say(f"{len(classes)} classes, labels 0 to {len(classes) - 1}: {', '.join(ids)}")
     state.say(f"{len(train)} training and {len(val)} validation images; {steps} steps of {batch} "
               f"images; peak learning rate {lr:.3g}")
 

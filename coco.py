@@ -1,0 +1,279 @@
+"""
+COCO's files -> Source: instances_*.json (boxes, masks), person_keypoints_*.json, panoptic_*.json.
+
+Whatever they say is checked when they are opened. Masks stay outlines until their photo is read.
+"""
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import cocomask
+from files import IGNORE, SPLITS, InputError, Source, hold_out, read_colours, read_json, refuse
+
+# what an entry raises that is not as it should be
+BAD = (KeyError, TypeError, ValueError, OverflowError, AttributeError)
+LISTS = ("images", "annotations", "categories")
+
+
+def why(error):
+    return f"has no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def require(condition, reason):
+    if not condition:
+        raise ValueError(reason)
+
+
+def numbers(values, count=None):
+    """A list of finite numbers -> float64 array; raises ValueError for all else, strings too."""
+    if not isinstance(values, list) or not {*map(type, values)} <= {int, float} \
+            or count not in (None, len(values)):
+        raise ValueError(f"{str(values)[:60]} is no list of {count or ''} numbers")
+    array = np.array(values, np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{str(values)[:60]} is not finite")
+    return array
+
+
+def an_id(value):
+    if type(value) not in (int, str):
+        raise ValueError(f"{str(value)[:60]} is no id")
+    return value
+
+
+def read_categories(path, content, kind):
+    """-> list of (category id, name, is it a thing), things first, each in order of the ids.
+    Of a file of keypoints only "person"; in a file of instances all are things."""
+    found = []
+    for n, entry in enumerate(content["categories"]):
+        try:
+            require(type(entry["id"]) is int, "its id must be a whole number")
+            require(kind != "panoptic" or entry["isthing"] in (0, 1), "isthing must be 0 or 1")
+            if kind != "keypoints" or entry["name"] == "person":
+                found.append((entry["id"], str(entry["name"]),
+                              kind != "panoptic" or entry["isthing"] == 1))
+        except BAD as error:
+            raise InputError(f"{path}: category {entry.get('id', f'number {n}')}: {why(error)}") \
+                from None
+    if not found:
+        raise InputError(f"{path}: no category" + " called person" * (kind == "keypoints"))
+    if len({i for i, _, _ in found}) < len(found):
+        raise InputError(f"{path}: two categories have the same id")
+    return sorted(found, key=lambda c: (not c[2], c[0]))
+
+
+def same_categories(path, own, categories):
+    """The training file's categories, if the validation file (own) has no others."""
+    if categories is not None and not set(own) <= set(categories):
+        odd = min(set(own) - set(categories))
+        raise InputError(f"{path}: category {odd[0]} ({odd[1]}) is none of the training part's")
+    return own if categories is None else categories
+
+
+def read_images(root, path, content, split, on_error):
+    """-> {image id: record with photo, id and size}, ids of photos that are missing."""
+    images, broken = {}, set()
+    for n, entry in enumerate(content["images"]):
+        try:
+            i, size = an_id(entry["id"]), (entry["height"], entry["width"])
+            require(all(type(s) is int and s > 0 for s in size), f"{size} is no height and width")
+            require(i not in images, "two images have this id")
+            images[i] = dict(photo=str(Path(entry["file_name"])), id=i, size=size)
+        except BAD as error:
+            raise InputError(f"{path}: image {entry.get('id', f'number {n}')}: {why(error)}") \
+                from None
+    folder = photo_folder(root, path, split, [r["photo"] for r in images.values()])
+    there = set(os.listdir(folder))                         # one look instead of 100,000
+    for i, record in images.items():
+        name, record["photo"] = record["photo"], folder / record["photo"]
+        if name not in there and not record["photo"].is_file():
+            refuse(f"{record['photo']}: no such file, but {path} lists it", on_error)
+            broken.add(i)
+    return images, broken
+
+
+def photo_folder(root, path, split, names):
+    """Where the photos of a COCO file lie: the first place that holds one of the first photos."""
+    places = [path.stem.split("_")[-1], *SPLITS[split]]                     # as in train2017
+    places = [root / p for p in (*places, *(f"images/{p}" for p in places), "images", "")]
+    for place in places:
+        if any((place / name).is_file() for name in names[:20]):
+            return place
+    raise InputError(f"{path}: its photos ({', '.join(names[:1]) or 'none listed'}) are not in "
+                     f"{places[0]}")
+
+
+def parse_object(entry, kind, masks):
+    """One annotation -> (box xyxy, area, crowd, joints or None, segmentation or None).
+    A missing iscrowd means 0, a missing area that of the box."""
+    x, y, w, h = numbers(entry["bbox"], 4).tolist()
+    require(w >= 0 and h >= 0, f"its box {entry['bbox']} has a negative side")
+    area, crowd = numbers([entry.get("area", w * h)])[0], entry.get("iscrowd", 0)
+    require(crowd in (0, 1), f"iscrowd is {crowd}, not 0 or 1")
+    require(area >= 0, f"its area is {area}")
+    joints = shape = None
+    if kind == "keypoints":
+        joints = numbers(entry["keypoints"], 51).reshape(17, 3)
+        require(np.isin(joints[:, 2], (0, 1, 2)).all(), "a joint's flag is not 0, 1 or 2")
+    if masks:
+        shape = entry["segmentation"]
+        if isinstance(shape, list):
+            shape = [numbers(s) for s in shape]             # arrays: half of the memory of lists
+            require(shape and all(len(s) >= 6 and len(s) % 2 == 0 for s in shape),
+                    "a polygon needs three points or more")
+        else:
+            require(type(shape["counts"]) in (list, str) and shape["size"], "not a mask")
+    return (x, y, x + w, y + h), area, bool(crowd), joints, shape
+
+
+def coco_instances(root, path, split, kind, keys, on_error, categories=None):
+    """instances_*.json or (kind "keypoints") person_keypoints_*.json -> Source.
+    categories: those of the training file, if this is the validation file."""
+    content = read_json(path, LISTS)
+    masks = "masks" in keys and kind != "keypoints"         # joints know their area without
+    categories = same_categories(path, read_categories(path, content, kind), categories)
+    every = {c["id"] for c in content["categories"]}
+    label = {i: k for k, (i, _, _) in enumerate(categories)}
+    images, broken = read_images(root, path, content, split, on_error)
+    found, used = {i: [] for i in images}, set()
+    for n, entry in enumerate(content["annotations"]):
+        name = entry.get("id", f"number {n}")
+        try:
+            require("segments_info" not in entry, "a segment map; expected boxes")
+            image, category = an_id(entry["image_id"]), entry["category_id"]
+            require(image in images, f"its image {image} is not listed")
+            require(type(category) is int and category in every,
+                    f"its category {category} is not listed")
+            require(an_id(name) not in used, "two annotations have this id")
+            used.add(name)
+            if category in label:
+                found[image].append((label[category], name, *parse_object(entry, kind, masks)))
+        except BAD as error:
+            refuse(f"{path}: annotation {name}: {why(error)}", on_error)
+            # a photo with one object left out would teach that nothing is there
+            broken.add(str(entry.get("image_id")))
+    usable = [i for i in images if i not in broken and str(i) not in broken]
+    if len(usable) < len(images):
+        refuse(f"{path}: {len(images) - len(usable)} of {len(images)} photos", "skip")
+    records = [images[i] | stacked(found[i], kind, masks) for i in usable]
+    ids, names, _ = zip(*categories)
+    return Source(records, partial(read_objects, path, masks), names, len(names), ids)
+
+
+def stacked(objects, kind, masks):
+    """The objects of a photo as a few arrays: small, and forked processes share them."""
+    labels, names, boxes, area, crowd, joints, shapes = zip(*objects) if objects else [()] * 7
+    record = dict(labels=dict(
+        classes=np.array(labels, np.int64), iscrowd=np.array(crowd, bool),
+        boxes=np.array(boxes, np.float32).reshape(-1, 4), area=np.array(area, np.float64)))
+    if kind == "keypoints":
+        record["labels"]["keypoints"] = np.array(joints, np.float32).reshape(-1, 17, 3)
+    return record | (dict(shapes=shapes, names=names) if masks else {})
+
+
+def read_objects(path, masks, record):
+    """Record of coco_instances -> labels; masks are drawn only now."""
+    labels, size = dict(record["labels"]), record["size"]
+    if masks:
+        labels["masks"] = drawn = np.zeros((len(record["shapes"]), *size), np.uint8)
+        for out, shape, name in zip(drawn, record["shapes"], record["names"]):
+            try:
+                out[:] = cocomask.mask(shape, *size)
+            except BAD as error:
+                raise InputError(f"{path}: annotation {name}: {error}") from None
+    return labels, size
+
+
+def coco_panoptic(root, path, split, kind, keys, on_error, categories=None):
+    """panoptic_*.json and the folder of PNGs with its name -> Source."""
+    content, maps = read_json(path, LISTS), path.with_suffix("")
+    categories = same_categories(path, read_categories(path, content, kind), categories)
+    label = {i: k for k, (i, _, _) in enumerate(categories)}
+    images, broken = read_images(root, path, content, split, on_error)
+    for n, entry in enumerate(content["annotations"]):
+        image = entry.get("image_id", f"number {n}")
+        try:
+            require("segments_info" in entry, "has no segments_info; expected a panoptic file")
+            require(an_id(image) in images, "this image is not listed")
+            require("map" not in images[image], "this image has two")
+            images[image] |= dict(map=maps / entry["file_name"],
+                                  segments=parse_segments(entry["segments_info"], label))
+            require(images[image]["map"].is_file(), f"{images[image]['map']} is not there")
+        except BAD as error:
+            refuse(f"{path}: annotation of image {image}: {why(error)}", on_error)
+            broken.add(image if type(image) in (int, str) else None)
+    for i in images:
+        if "map" not in images[i] and i not in broken:
+            refuse(f"{path}: image {i} has no annotation", on_error)
+            broken.add(i)
+    records = [r for i, r in images.items() if i not in broken]
+    if len(records) < len(images):
+        refuse(f"{path}: {len(images) - len(records)} of {len(images)} photos", "skip")
+    ids, names, things = zip(*categories)
+    return Source(records, partial(read_panoptic, path, keys), names, sum(things), ids)
+
+
+def parse_segments(entries, label):
+    """segments_info -> int64 [S, 3] of id, class, iscrowd."""
+    rows = []
+    for s in entries:
+        require(type(s["category_id"]) is int and s["category_id"] in label,
+                f"category {s['category_id']} is not listed")
+        require(type(s["id"]) is int and 0 < s["id"] < 2**24, f"segment id {s['id']}")
+        require(s.get("iscrowd", 0) in (0, 1), "iscrowd is not 0 or 1")
+        rows.append((s["id"], label[s["category_id"]], s.get("iscrowd", 0)))
+    require(len({r[0] for r in rows}) == len(rows), "two segments have the same id")
+    return np.array(rows, np.int64).reshape(-1, 3)
+
+
+def read_panoptic(path, keys, record):
+    """Record of coco_panoptic -> labels; segments get the ids 1..S in the order of the file."""
+    colours, segments = read_colours(record["map"]), record["segments"]
+    if colours.shape[:2] != record["size"]:
+        raise InputError(f"{record['map']}: {list(colours.shape[:2])} pixels, but {path} says "
+                         f"{list(record['size'])}")
+    ids = colours @ np.array([1, 256, 65536], np.int32)                     # [H, W]
+    order = segments[:, 0].argsort()
+    listed = np.append(0, segments[order, 0])
+    at = listed.searchsorted(ids).clip(max=len(order))                      # [H, W] 0..S
+    if (odd := listed[at] != ids).any():
+        raise InputError(f"{record['map']}: segment {ids[odd][0]} is drawn, but {path} does not "
+                         "list it")
+    if len(gone := np.flatnonzero(np.bincount(at.ravel(), minlength=len(listed))[1:] == 0)):
+        raise InputError(f"{record['map']}: segment {listed[gone[0] + 1]} is not drawn, but {path} "
+                         "lists it")
+    number = np.append(0, order + 1)[at]
+    return panoptic_labels(number, segments[:, 1:], keys), record["size"]
+
+
+def panoptic_labels(number, segments, keys):
+    """Map [H, W] of segments 1..S, 0 = void, and their class and iscrowd [S, 2] -> the labels."""
+    labels = {"semantic": np.append(segments[:, 0], IGNORE)[number - 1].astype(np.uint8)} \
+        if "semantic" in keys else {}
+    if set(keys) & {"panoptic", "masks"}:
+        ids = np.arange(1, len(segments) + 1)
+        labels |= dict(panoptic=number.astype(np.uint8 if len(ids) < 256 else np.int32),
+                       segments=np.column_stack([ids, segments]).astype(np.int64))
+    return labels
+
+
+def open_coco(root, word, read, kind, keys, on_error):
+    """[training, validation] from the JSON files with `word` in their names; None without them."""
+    files = []
+    for split in ("train", "val"):
+        found = [p for place in (root / "annotations", root) for p in sorted(place.glob("*.json"))
+                 if word in p.name and split in p.name]
+        if len(found) > 1:
+            raise InputError(f"--data {root}: {found[0].name} and {found[1].name} are both there; "
+                             "keep one of them")
+        files += found or [None]
+    if files[0] is None:
+        return None
+    train = read(root, files[0], "train", kind, keys, on_error)
+    if files[1] is None:
+        return hold_out(root, train)
+    categories = [(i, name, k < train.things)
+                  for k, (i, name) in enumerate(zip(train.category_ids, train.classes))]
+    return [train, read(root, files[1], "val", kind, keys, on_error, categories)]

@@ -1,0 +1,203 @@
+"""
+One file -> one array. Whatever is wrong with a file ends in an InputError that names it.
+"""
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, ImageOps
+from torchvision import tv_tensors
+
+IGNORE = 255                                    # label of pixels that belong to no class
+LONGEST = 50                                    # times the shorter side; no photo is as thin
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
+ImageFile.LOAD_TRUNCATED_IMAGES = False         # half a photo is an error, not a grey half
+
+
+class InputError(Exception):
+    """Something the user gave is wrong. One line: the file or flag, and the way out."""
+
+
+def refuse(message, on_error):
+    """Stop with the message, or with on_error "skip" say on stderr that this one is left out."""
+    if on_error == "stop":
+        raise InputError(message)
+    if os.environ.get("RANK", "0") == "0":                  # all processes open the same files
+        print(f"skipped: {message}", file=sys.stderr, flush=True)
+
+
+def read_image(path, upright=True):
+    """Any photo -> uint8 [3, H, W].
+
+    Grey, palette, CMYK and alpha become RGB, 16 bits become 8, EXIF rotation is applied if
+    `upright`. A file that cannot be read in full raises InputError with its name.
+    """
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image) if upright else image
+            if image.mode.startswith("I"):                  # 16 bit: PIL's convert would clip
+                wide = np.asarray(image).astype(np.int64)
+                if wide.min() < 0 or wide.max() > 65535:
+                    raise InputError(f"{path}: 32-bit image; save it with 8 or 16 bits per channel")
+                deep = image.mode != "I" or wide.max() > 255
+                image = Image.fromarray((wide // (257 if deep else 1)).astype(np.uint8))
+            elif image.mode == "F":
+                raise InputError(f"{path}: floating-point image; save it with 8 or 16 bits")
+            elif image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")               # else PIL warns on every such file
+            array = np.array(image.convert("RGB"))
+    except Image.DecompressionBombError:
+        raise InputError(f"{path}: too many pixels ({Image.MAX_IMAGE_PIXELS} is the limit); "
+                         "shrink or remove it") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: not a readable image ({error}); replace or remove it") from None
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def read_pixels(path, modes, what):
+    """A PNG whose values mean something -> array as stored, no EXIF, no conversion.
+
+    modes: PIL's modes that can hold it; what: its name in the error for all others.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in modes:
+                raise InputError(f"{path}: {what} (this one has mode {image.mode})")
+            return np.array(image)
+    except Image.DecompressionBombError:
+        raise InputError(f"{path}: too many pixels ({Image.MAX_IMAGE_PIXELS} is the limit); "
+                         "shrink or remove it") from None
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: not a readable image ({error}); replace or remove it") from None
+
+
+def read_labels(path):
+    """A label map, one value a pixel (of a palette the index) -> int32 [H, W]."""
+    modes = ("L", "P", "1", "I", "I;16", "I;16B")
+    return read_pixels(path, modes, "a label map has one channel of whole numbers").astype(np.int32)
+
+
+def read_depth(path, scale):
+    """A 16-bit PNG -> float32 [H, W], value / scale = metres, 0 = no measurement."""
+    what = "depth must have 16 bits and one channel, whole numbers of 1 / --depth-scale metres"
+    values = read_pixels(path, ("I", "I;16", "I;16B"), what).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise InputError(f"{path}: {what}")
+    return (values / scale).astype(np.float32)
+
+
+def read_colours(path):
+    """An RGB PNG whose channels are numbers (alpha is dropped) -> int32 [H, W, 3]."""
+    array = read_pixels(path, ("RGB", "RGBA"), "expected the three channels of an RGB PNG")
+    return array[..., :3].astype(np.int32)
+
+
+def read_json(path, lists):
+    """A JSON object -> dict in which each key of `lists` holds a list of dicts."""
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({str(error).splitlines()[0]})") from None
+    for key in lists:
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+            raise InputError(f'{path}: has no list "{key}" of objects, as COCO\'s files do')
+    return content
+
+
+def list_images(folder):
+    """All photos below a folder, nested or flat, sorted by path; labels are never needed."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"--data {folder}: no such folder")
+
+    def stop(error):
+        raise InputError(f"--data {error.filename}: cannot be read ({error.strerror})")
+    found, visited = [], set()
+    for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        if os.path.realpath(root) in visited:               # a link back up: do not go round
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(root))
+        found += [Path(root, name) for name in names
+                  if Path(name).suffix.lower() in SUFFIXES and name[0] != "."]
+    if not found:
+        raise InputError(f"--data {folder}: no photos in it ({' '.join(sorted(SUFFIXES))})")
+    return sorted(found)
+
+
+class Source:
+    """Annotated photos: source[i] -> dict of "image" uint8 [3, H, W] and the labels.
+
+    records: a dict for each photo, with its path "photo" and "id"; read(record) -> labels as numpy
+    arrays and the (H, W) they are made for. classes: names of the labels 0..K-1, the first `things`
+    of them things; category_ids: what the files call them.
+    Labels, as far as asked for: boxes [N, 4] x1 y1 x2 y2, classes int64 [N], iscrowd bool [N], area
+    [N] as the file says, keypoints [N, 17, 3] x y v, masks uint8 [N, H, W]; semantic uint8 [H, W],
+    IGNORE = no class; panoptic [H, W] of segment ids, 0 = void, segments int64 [S, 3] of id, class,
+    crowd; depth float [H, W] metres, 0 = not measured.
+    """
+
+    def __init__(self, records, read, classes=(), things=0, category_ids=(), kinect_frame=False):
+        self.records, self.read = records, read
+        self.classes, self.things, self.category_ids = tuple(classes), things, tuple(category_ids)
+        self.kinect_frame = kinect_frame        # NYU's photos of 480 x 640 have a white border
+
+    def __len__(self):
+        return len(self.records)
+
+    @property
+    def ids(self):
+        """Image ids, as the annotation files name them."""
+        return [r["id"] for r in self.records]
+
+    def labels(self, index):
+        """Sample `index` without its photo."""
+        return {k: torch.from_numpy(v) for k, v in self.read(self.records[index])[0].items()}
+
+    def __getitem__(self, index):
+        labels, size = self.read(self.records[index])
+        sample = {"image": tv_tensors.Image(read_photo(self.records[index]["photo"], size))}
+        for key, value in labels.items():
+            value = torch.from_numpy(value)
+            if key == "boxes":
+                value = tv_tensors.BoundingBoxes(value, format="XYXY", canvas_size=size)
+            elif key in ("masks", "semantic", "panoptic", "depth"):
+                value = tv_tensors.Mask(value)
+            sample[key] = value
+        return sample
+
+    def subset(self, indexes):
+        records = [self.records[i] for i in indexes]
+        return Source(records, self.read, self.classes, self.things, self.category_ids,
+                      self.kinect_frame)
+
+
+def read_photo(path, size):
+    """A photo whose labels are made for (H, W): upright if that fits, else as stored."""
+    image = read_image(path)
+    if tuple(image.shape[1:]) != tuple(size):
+        found, image = list(image.shape[1:]), read_image(path, upright=False)
+        if tuple(image.shape[1:]) != tuple(size):
+            raise InputError(f"{path}: the photo has {found[0]} x {found[1]} pixels, its annotation"
+                             f" is for {size[0]} x {size[1]}")
+    if max(size) > LONGEST * min(size):
+        raise InputError(f"{path}: {size[0]} x {size[1]} pixels, a side more than {LONGEST} times "
+                         "the other; crop or remove it")
+    return image
+
+
+def hold_out(root, source):
+    """[training, validation] of a data set without a validation part: every 20th photo."""
+    if len(source) < 2:
+        raise InputError(f"--data {root}: one photo; training and validation need two")
+    return [source.subset([i for i in range(len(source)) if i % 20]),
+            source.subset(range(0, len(source), 20))]

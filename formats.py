@@ -1,0 +1,301 @@
+"""
+Folders as people download them -> annotated photos, one Source each for training and validation.
+
+    COCO     annotations/{instances,person_keypoints,panoptic}_{train,val}*.json, photos beside it
+             in train*/ and val*/; any other data set in these formats, ADE20K's JSON included
+    ADE20K   {images,annotations,annotations_instance}/{training,validation}
+    masks    {images,labels}/{train,val} or {train,val}/{images,labels}: photos, one-channel PNGs
+    NYU      BTS's lists nyudepthv2_{train,test}_files_with_gt.txt: photos, 16-bit PNGs
+    depth    {rgb,depth}/{train,val} or {train,val}/{rgb,depth}
+
+No list of classes stands in the code: names and numbers come from the files. Annotations are
+checked when a folder is opened, pixels when they are read. Boxes and keypoints are in pixels of the
+photo as its annotation sees it; an EXIF rotation is applied unless only the stored pixels have the
+annotation's size.
+"""
+import contextlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from coco import coco_instances, coco_panoptic, open_coco, panoptic_labels, require
+from files import (
+    IGNORE,
+    SPLITS,
+    InputError,
+    Source,
+    hold_out,
+    list_images,
+    read_colours,
+    read_depth,
+    read_labels,
+    refuse,
+)
+
+PHOTOS = ("images", "image", "img", "rgb", "photos", "img_dir")
+LABELS = ("annotations", "labels", "masks", "label", "mask", "ann_dir")
+EXPECTED = {
+    "depth": "BTS's lists *_train_files_with_gt.txt and *_test_files_with_gt.txt, or "
+             "{train,val}/{rgb,depth} with 16-bit PNGs of the photos' names",
+    "keypoints": "annotations/person_keypoints_{train,val}*.json and the photos beside it",
+    "panoptic": "annotations/panoptic_{train,val}*.json with its folder of PNGs, or ADE20K's "
+                "{images,annotations,annotations_instance}/{training,validation}",
+    "masks": "annotations/instances_{train,val}*.json or panoptic_{train,val}*.json and the photos "
+             "beside it, or ADE20K's {images,annotations,annotations_instance}",
+    "boxes": "annotations/instances_{train,val}*.json and the photos beside it",
+    "semantic": "ADE20K's {images,annotations}/{training,validation}, {images,labels}/{train,val} "
+                "with one-channel PNGs of the photos' names, or COCO's panoptic_{train,val}*.json",
+}
+
+
+# -----------------------------------------------------------------------------
+# Folders of pairs: label maps, ADE20K, depth
+
+
+def split_folder(root, words, split):
+    """root/word/split or root/split/word, the first that is there; split None: root/word."""
+    places = [root / p for w in words for s in SPLITS.get(split, ())
+              for p in (f"{w}/{s}", f"{s}/{w}")]
+    places = places if split else [root / w for w in words]
+    return next((p for p in places if p.is_dir()), None)
+
+
+def find_pairs(root, photo_words, label_words, on_error):
+    """{split: (folder of labels, records with photo, id and label)}; {} if the layout is another.
+    Photo and PNG have the same name but for the ending. Without train/ and val/ the split is
+    None."""
+    found = {}
+    for split in ("train", "val", None):
+        photos, labels = (split_folder(root, w, split) for w in (photo_words, label_words))
+        if not photos or not labels or (split is None and (found or not any(labels.glob("*.png")))):
+            continue
+        maps = {p.relative_to(labels).with_suffix(""): p for p in sorted(labels.rglob("*.png"))
+                if p.name[0] != "."}
+        records, stems = [], set()
+        for path in list_images(photos):
+            stem = path.relative_to(photos).with_suffix("")
+            if stem in stems:
+                refuse(f"{path}: two photos of this name", on_error)
+            elif stem not in maps:
+                refuse(f"{path}: no label PNG of this name in {labels}", on_error)
+            else:
+                records.append(dict(photo=path, id=str(stem), label=maps[stem]))
+            stems.add(stem)
+        if orphans := sorted(maps.keys() - stems):
+            refuse(f"{maps[orphans[0]]}: no photo of this name in {photos} ({len(orphans)} such "
+                   "label maps)", on_error)
+        found[split] = labels, records
+    return {} if set(found) == {"val"} else found
+
+
+def both_parts(root, found, read, **about):
+    """What find_pairs found -> [training, validation] Source."""
+    sources = [Source(records, read, **about) for _, records in found.values()]
+    return sources if len(sources) == 2 else hold_out(root, sources[0])
+
+
+def class_names(root):
+    """Names from ADE20K's objectInfo150.txt, or from classes.txt with a name a line, or None."""
+    try:
+        if (root / "objectInfo150.txt").exists():
+            lines = (root / "objectInfo150.txt").read_text().splitlines()[1:]
+            return [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
+        if (root / "classes.txt").exists():
+            return [n.strip() for n in (root / "classes.txt").read_text().splitlines() if n.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"--data {root}: its list of class names cannot be read ({error})") \
+            from None
+    return None
+
+
+def counted_classes(root, records, first, ignore, on_error):
+    """Names 0..K-1 by looking at every training label; classes.txt saves the time."""
+    highest = -1
+    for record in tqdm(records, desc=f"counting the classes of {root} (classes.txt saves this)",
+                       leave=False, disable=None):
+        with contextlib.ExitStack() as stack:
+            if on_error == "skip":                          # it is reported when it is read
+                stack.enter_context(contextlib.suppress(InputError))
+            values = np.unique(read_labels(record["label"]))
+            values = values[(values != IGNORE) & (values != ignore)]
+            highest = max(highest, values.max(initial=-1) - first)
+    if highest < 0:
+        raise InputError(f"--data {root}: no label of a class in the training part")
+    return [str(k + first) for k in range(highest + 1)]
+
+
+def open_masks(root, keys, on_error, ignore_label=None, first_label=None):
+    """[training, validation] of photos and label maps; None if the folder has another layout."""
+    found = find_pairs(root, PHOTOS, LABELS, on_error)
+    if not found:
+        return None
+    labels, records = next(iter(found.values()))
+    ade = labels == root / "annotations" / "training"       # there 0 means unlabelled
+    first = first_label if first_label is not None else int(ade)
+    names = class_names(root) or counted_classes(root, records, first, ignore_label, on_error)
+    if len(names) > IGNORE:
+        raise InputError(f"--data {root}: {len(names)} classes; {IGNORE} is the limit")
+    read = partial(read_semantic, first, ignore_label, len(names))
+    return both_parts(root, found, read, classes=names,
+                      category_ids=range(first, first + len(names)))
+
+
+def read_semantic(first, ignore, count, record):
+    """Record of find_pairs -> semantic: value - first; below `first`, `ignore` and 255: IGNORE."""
+    raw = read_labels(record["label"])
+    void = (raw < first) | (raw == IGNORE) | (raw == (IGNORE if ignore is None else ignore))
+    label = np.where(void, IGNORE, raw - first)
+    if (odd := ~void & (label >= count)).any():
+        raise InputError(f"{record['label']}: label {raw[odd][0]}, but the classes are {first} to "
+                         f"{first + count - 1}; --ignore-label leaves a value out")
+    return {"semantic": label.astype(np.uint8)}, raw.shape
+
+
+def open_ade_instances(root, keys, on_error):
+    """ADE20K's challenge folder -> [training, validation] with panoptic maps, things first in the
+    order of the instance challenge; None if there is no annotations_instance."""
+    if not (root / "annotations_instance").is_dir():
+        return None
+    found = find_pairs(root, ("images",), ("annotations",), on_error)
+    places = [root / "categoryMapping.txt", root / "annotations_instance" / "categoryMapping.txt",
+              root / "ade20k_instance_catid_mapping.txt"]
+    place = next((p for p in places if p.is_file()), None)
+    names = class_names(root)
+    if not found or not place or not names:
+        raise InputError(f"{places[0]}: is missing, or objectInfo150.txt; without them nobody knows"
+                         " which classes the instances of ADE20K have")
+    try:            # a line of titles, then: instance class, scene parsing class, ... from 1
+        rows = [line.split()[:2] for line in place.read_text().splitlines()[1:] if line.strip()]
+        mapping = [int(b) - 1 for _, b in sorted((int(a), int(b)) for a, b in rows)]
+        require(all(0 <= m < len(names) for m in mapping) and len(set(mapping)) == len(mapping)
+                and sorted(int(a) for a, _ in rows) == list(range(1, len(rows) + 1)), "numbers")
+    except ValueError:
+        raise InputError(f"{place}: not a table of instance classes 1, 2, ... and their scene "
+                         "parsing classes") from None
+    order = mapping + [k for k in range(len(names)) if k not in mapping]
+    for _, records in found.values():
+        for r in records:
+            r["instances"] = root / "annotations_instance" / r["label"].relative_to(
+                root / "annotations")
+    return both_parts(root, found, partial(read_ade_instances, np.array(order), len(mapping), keys),
+                      classes=[names[k] for k in order], things=len(mapping),
+                      category_ids=[k + 1 for k in order])
+
+
+def read_ade_instances(order, things, keys, record):
+    """Stuff from the label map, then every instance over it, as in Mask2Former's conversion."""
+    labels, size = read_semantic(1, None, len(order), record)
+    coloured = read_colours(record["instances"])
+    if coloured.shape[:2] != size:
+        raise InputError(f"{record['instances']}: another size than {record['label']}")
+    rank = np.full(256, IGNORE)
+    rank[order] = np.arange(len(order))
+    semantic = rank[labels["semantic"]]                     # [H, W] in the new order
+    pairs = coloured[..., 0] * 256 + coloured[..., 1]       # class from 1, number of the instance
+    if coloured[..., 0].max() > things:
+        raise InputError(f"{record['instances']}: instance class {coloured[..., 0].max()}, but the "
+                         f"classes are 1 to {things}")
+    stuff = (semantic >= things) & (semantic != IGNORE)
+    region = np.where(pairs >= 256, pairs, np.where(stuff, (semantic + 1) << 16, 0))
+    values, number = np.unique(region, return_inverse=True)
+    number = number.reshape(size) + int(values[0] != 0)     # 0 = void
+    values = values[values != 0]
+    classes = np.where(values >> 16, values >> 16, values >> 8) - 1
+    found = panoptic_labels(number, np.column_stack([classes, 0 * classes]), {"panoptic"})
+    if "semantic" in keys:
+        found["semantic"] = semantic.astype(np.uint8)
+    return found, size
+
+
+def open_depth_pairs(root, on_error, scale):
+    found = find_pairs(root, PHOTOS, ("depth", "depths"), on_error)
+    return both_parts(root, found, partial(read_metres, scale)) if found else None
+
+
+def read_metres(scale, record):
+    depth = read_depth(record["label"], scale)
+    return {"depth": depth}, depth.shape
+
+
+def open_lists(root, on_error, scale):
+    """BTS's layout: each line of a list names photo, depth map and (not used) focal length."""
+    lists = [sorted(root.glob(f"*{s}_files_with_gt.txt")) for s in ("train", "test")]
+    if not lists[0]:
+        return None
+    sources = []
+    for found, split in zip(lists, ("train", "test")):
+        records = []
+        for path in found[:1]:
+            for n, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+                words = line.split()
+                if len(words) < 2:
+                    raise InputError(f"{path}: line {n} does not name a photo and a depth map")
+                places = [[root / p / w.lstrip("/") for w in words[:2]]
+                          for p in (split, "", "sync", "train", "test")]
+                place = next((p for p in places if all(f.is_file() for f in p)), None)
+                if place:
+                    records.append(dict(photo=place[0], id=words[0], label=place[1]))
+                else:
+                    refuse(f"{path}: line {n}: {' or '.join(words[:2])} is not in {root}", on_error)
+        sources.append(Source(records, partial(read_metres, scale), kinect_frame=True))
+    return sources if lists[1] else hold_out(root, sources[0])
+
+
+# -----------------------------------------------------------------------------
+# Which layout
+
+
+def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None,
+                depth_scale=1000.0):
+    """[training, validation] Source with the labels named in `keys`.
+
+    The layout is recognised by what lies in the folder. Photos without objects stay in the set
+    (DETR's and the evaluation's rule), but not in training with masks (Mask2Former's).
+    on_error: "stop" at what is broken, or "skip" it and say so on stderr.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"--data {root}: no such folder (or the word toyworld)")
+    coco = partial(open_coco, root, keys=keys, on_error=on_error)
+    instances = partial(coco, "instance", coco_instances, "instances")
+    panoptic = partial(coco, "panoptic", coco_panoptic, "panoptic")
+    ade = partial(open_ade_instances, root, keys, on_error)
+    ways = {"depth": (partial(open_lists, root, on_error, depth_scale),
+                      partial(open_depth_pairs, root, on_error, depth_scale)),
+            "keypoints": (partial(coco, "keypoints", coco_instances, "keypoints"),),
+            "panoptic": (panoptic, ade), "masks": (instances, panoptic, ade),
+            "boxes": (instances,),
+            "semantic": (partial(open_masks, root, keys, on_error, ignore_label, first_label),
+                         panoptic)}
+    kind = next(k for k in ways if k in keys)
+    sources = next((found for way in ways[kind] if (found := way())), None)
+    if not sources:
+        raise InputError(f"--data {root}: nothing in it fits; expected {EXPECTED[kind]} (or "
+                         "the word toyworld)")
+    if kind == "masks" and "labels" in (sources[0].records or [{}])[0]:
+        alone = [i for i, r in enumerate(sources[0].records) if (~r["labels"]["iscrowd"]).any()]
+        sources[0] = sources[0].subset(alone)
+    for source, part in zip(sources, ("training", "validation")):
+        if not len(source):
+            raise InputError(f"--data {root}: no usable photo in its {part} part")
+    return sources
+
+
+def readable(source):
+    """The source without the samples that cannot be read, each told on stderr: every file is read
+    once, so that all processes evaluate the same photos."""
+    good = []
+    for i in tqdm(range(len(source)), desc="reading every validation photo once", leave=False,
+                  disable=None):
+        try:
+            source[i]
+            good.append(i)
+        except InputError as error:
+            refuse(str(error), "skip")
+    if len(good) < len(source):
+        refuse(f"{len(source) - len(good)} of {len(source)} validation photos", "skip")
+    if not good:
+        raise InputError("no validation photo can be read")
+    return source.subset(good)
