@@ -1286,6 +1286,186 @@ def test_perfect_detections_score_one():
         assert Image.open(at / "p.png").size == (2 * 2 * 96, 2 * 6 * 96)
 
 
+def test_detection_loop_does_what_it_says():
+    """finetune_det.py with two micro-steps, one of them without objects, against training written
+    out by hand: the same weights, and the same losses and rates in the log."""
+    with folder() as at, quiet():
+        args = args_for(finetune_det, "--data", "toyworld:2", "--batch-size", 1, "--accumulate", 2,
+                        "--workers", 0, "--steps", 5, "--save-every", 1, "--clip", 115, "--repeats",
+                        3, "--queries", 12, "--many-queries", 30, "--query-lr", 50, "--backbone-lr",
+                        0.1, "--weight-decay", 0.1, "--drop-path", 0.3, "--init", at / "pre.pt",
+                        "--out", at / "d")
+        torch.manual_seed(1)
+        torch.save({"model": noisy(Pretrainer(TINY)).state_dict(), "config": {}}, at / "pre.pt")
+        train, val = data.open_detection("toyworld:2", 64)
+        empty = train.source.samples[1]
+        empty |= {k: empty[k][:0] for k in ("boxes", "classes")}
+        real, finetune_det.open_detection = finetune_det.open_detection, lambda *a: (train, val)
+        try:
+            finetune_det.main(args)
+        finally:
+            finetune_det.open_detection = real
+        torch.manual_seed(0)
+        state = training.Run(torch.device("cpu"))
+        net = M.Detector(training.model_config(args), len(train.classes), 12, 30)
+        checkpoints.load_parts(net.glid, at / "pre.pt", checkpoints.PARTS, state)
+        groups = training.param_groups(net, 0.1, [("offsets", 50.0), ("backbone", 0.1)])
+        optimizer = torch.optim.AdamW(groups, fused=True)
+        order, rows, norms = iter(training.Batches(2, args, state, 0, 5)), [], []
+        for step, scale in enumerate((1, 1, 1, 1, 0.1)):        # the drop at 40 of 50 epochs
+            torch.manual_seed(data.mix(0, step, 0))
+            training.set_lr(optimizer, 1e-3 * scale)
+            total = 0
+            for _ in range(2):
+                images, tokens, targets = data.collate(TINY, [train[i] for i in next(order)])
+                logits, boxes = net(M.normalize(images), tokens, train=True)
+                count = max(1, len(targets[0]["labels"]))
+                loss = sum(losses.detection_loss(logits[:, :, first:last], boxes[:, :, first:last],
+                                                 targets, count, repeats)["loss"]
+                           for first, last, repeats in ((0, 12, 1), (12, 42, 3))) / 2
+                loss.backward()
+                total += loss.item()
+            norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), 115).item())
+            optimizer.step()
+            optimizer.zero_grad()
+            rows.append((total, 1e-3 * scale))
+        assert min(norms) < 115 < max(norms)         # Adam would not notice a constant factor
+        torch.save({"model": net.state_dict()}, at / "hand.pt")
+        assert weights_differ(at / "d/last.pt", at / "hand.pt") < 1e-5
+        logged = [r for r in map(json.loads, (at / "d/log.jsonl").read_text().splitlines())
+                  if "loss" in r]
+        assert_close(torch.tensor([(r["loss"], r["lr"]) for r in logged]), torch.tensor(rows), 1e-4)
+
+
+def test_two_processes_train_detection_as_one():
+    """Both divide by the objects of all images of a micro-step, and average their gradients at the
+    last one. With e_i = 0 all matchings are equally good, so that no tie decides."""
+    with folder() as at:
+        flags = ["--data", "toyworld:12", "--workers", 0, "--steps", 3, "--save-every", 1,
+                 "--accumulate", 2, "--query-lr", 0, "--queries", 12, "--many-queries", 24]
+        two = launch("finetune_det.py", *flags, "--batch-size", 1, "--out", at / "two", processes=2)
+        with quiet():
+            finetune_det.main(args_for(finetune_det, *flags, "--batch-size", 2, "--out",
+                                       at / "one"))
+        finish(two)
+        assert weights_differ(at / "one/last.pt", at / "two/last.pt") < 2e-4
+        a, b = ([json.loads(r).get("loss", 0) for r in (at / n / "log.jsonl").open()]
+                for n in ("one", "two"))
+        assert_close(torch.tensor(a), torch.tensor(b), 1e-4)
+
+
+def test_detection_keeps_the_highest_ap():
+    with folder() as at, quiet():
+        args, state = args_for(finetune_det, "--out", at), training.Run(torch.device("cpu"))
+        _, val = data.open_detection("toyworld:1", 64)
+        real, best, kept = finetune_det.evaluate, None, []
+        log = training.Log(args, state, 0)
+        optimizer = torch.optim.AdamW(detector().parameters())
+        (at / "samples").mkdir()
+        try:
+            for step, ap in ((1, 0.2), (2, 0.5), (3, 0.3)):
+                finetune_det.evaluate = lambda *a, ap=ap: dict.fromkeys(finetune_det.HEADLINE, ap)
+                best = finetune_det.conclude(detector(), val, args, state, step, best, optimizer,
+                                             log)
+                kept.append([torch.load(at / n)["step"] for n in ("best.pt", "last.pt")])
+        finally:
+            finetune_det.evaluate = real
+        assert best == 0.5 and kept == [[1, 1], [2, 2], [2, 3]]
+        last = torch.load(at / "last.pt")
+        assert last["best"] == 0.5 and last["classes"] == list(val.classes)
+
+
+def test_true_boxes_from_the_network_score_one():
+    """A network that answers the truth, photos that are no squares: through prediction, inference
+    and evaluation AP is 1. The network is in eval mode just then."""
+    class Oracle(torch.nn.Module):
+        def __init__(self, samples):
+            super().__init__()
+            self.glid, self.samples = M.nn.Module(), iter(samples)
+            self.glid.config = TINY
+
+        def forward(self, images, layout):
+            assert not self.training
+            logits, boxes = torch.full((1, len(images), 9, 12), -9.0), torch.rand(
+                1, len(images), 9, 4)
+            for b in range(len(images)):
+                s = next(self.samples)
+                h, w = s["image"].shape[1:]
+                logits[0, b, torch.arange(len(s["classes"])), s["classes"]] = 9.0
+                boxes[0, b, :len(s["boxes"])] = torchvision.ops.box_convert(
+                    s["boxes"] / torch.tensor([w, h, w, h]), "xyxy", "cxcywh")
+            return logits, boxes
+    with folder() as at, quiet():
+        args = args_for(finetune_det, "--size", 64, "--batch-size", 3, "--workers", 0, "--out", at)
+        _, val = data.open_detection("toyworld:6", 96)
+        val.transform = data.detection_transform(False, 64)
+        for i, s in enumerate(val.source.samples):
+            s["image"] = s["image"][:, :72 + i]
+            s["boxes"][:, 1::2].clamp_(max=72 + i)
+            keep = (s["boxes"][:, 3] > s["boxes"][:, 1])
+            s |= {k: s[k][keep] for k in ("boxes", "classes")}
+        net, state = Oracle(val.source.samples), training.Run(torch.device("cpu"))
+        result = finetune_det.evaluate(net, val, args, state, at / "p.png")
+        assert result["AP"] == result["AR100"] == 1.0 and net.training
+
+
+def test_detection_augmentation_is_detrs():
+    """Sizes, crops and flips, read off ramps of brightness in a photo of 160 x 160 at 160 px, where
+    DETR's 480..800, 400..600 and 384..600 px are 96..160, 80..120 and 76..120."""
+    ramp = torch.linspace(0, 255, 160).round().byte().expand(160, 160)
+    photo = torch.stack([ramp, ramp.T, ramp])
+    transform, shortest, crops, mirrored = data.detection_transform(True, 160), [], [], []
+    for i in range(150):
+        with data.seeded(i):
+            out = transform({"image": data.tv_tensors.Image(photo)})["image"].float()
+        x, y = out[0].mean(0), out[1].mean(1)
+        shortest.append(min(out.shape[1:]))
+        mirrored.append(bool(x[0] > x[-1]))
+        shares = (x.max() - x.min()).item() / 255, (y.max() - y.min()).item() / 255
+        if min(shares) < 0.98:
+            crops.append(shares)
+        assert max(out.shape[1:]) <= 266 and (max(out.shape[1:]) == 266 or shortest[-1] >= 96)
+    assert min(shortest) == 96 and max(shortest) == 160 and len(set(shortest)) > 8
+    assert 50 < sum(mirrored) < 100 and 40 < len(crops) < 110       # not all crops cut something
+    assert 0.58 < min(map(min, crops)) < 0.75
+    assert any(abs(w - h) > 0.1 for w, h in crops)                  # sides are drawn one by one
+    wide = {"image": data.tv_tensors.Image(photo[:, :40])}
+    assert data.detection_transform(False, 160)(wide)["image"].shape == (3, 66, 266)
+    for i in range(20):
+        with data.seeded(i):
+            assert max(transform(wide)["image"].shape) <= 266
+    # every epoch another view; no box without width; labels go with their boxes
+    train, _ = data.open_detection("toyworld:4", 64)
+    assert any(train[(0, i)]["image"].shape != train[(1, i)]["image"].shape for i in range(4))
+    train.source.samples = [{"image": photo, "classes": torch.tensor([4, 5, 6]), "boxes":
+                             torch.tensor([[8.0, 8, 8, 24], [8, 8, 24, 8], [16, 32, 80, 64]])}]
+    train.transform = data.detection_transform(False, 160)
+    assert train[(0, 0)]["labels"].tolist() == [6]
+    assert_close(train[(0, 0)]["boxes"], torch.tensor([[0.3, 0.3, 0.4, 0.2]]), 1e-6)
+
+
+def test_detection_details():
+    """One-to-many queries do not see the others either; 100 answers; fp32; H-DETR's defaults."""
+    net, images = detector(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = net(images, whole(TINY, images), train=True)[0]
+        torch.nn.init.normal_(net.offsets[:6])
+        after = net(images, whole(TINY, images), train=True)[0]
+    assert_close(after[:, :, 6:], before[:, :, 6:], 1e-5)
+    assert (after[:, :, :6] - before[:, :, :6]).abs().max() > 1e-3
+    found = inference.detection_inference(torch.randn(30, 5), torch.rand(30, 4), (9, 9))
+    assert len(found["scores"]) == 100 and (found["scores"].diff() <= 0).all()
+    logits, boxes = torch.randn(2, 1, 6, 3).bfloat16(), torch.rand(2, 1, 6, 4).bfloat16()
+    half, single = (losses.detection_loss(kind(logits), kind(boxes), detection_batch((2,)), 2)
+                    for kind in (torch.Tensor.bfloat16, torch.Tensor.float))
+    assert all(half[k] == single[k] and half[k].dtype == torch.float32 for k in half)
+    args = training.parse(finetune_det.flags(), finetune_det.PRESETS, ["--data", "x"])
+    assert (args.epochs, args.size, args.queries, args.many_queries, args.repeats) == (
+        50, 800, 300, 1500, 6)
+    assert (args.batch_size, args.lr, args.backbone_lr, args.weight_decay, args.clip, args.drop_path
+            ) == (2, 2e-4, 0.1, 1e-4, 0.1, 0.2)
+
+
 # -----------------------------------------------------------------------------
 # Instance and panoptic segmentation
 
