@@ -99,9 +99,12 @@ def load_torchvision(glid, spec, state):
     state.say(f"backbone: loaded {len(found)} of {len(own)} tensors from torchvision")
 
 
-# may differ when a run is resumed: they change neither the task nor the result of a step
-FREE = {"resume", "eval", "workers", "out", "compile", "save_every", "eval_every", "batch_size",
-        "accumulate", "steps", "epochs", "on_error"}
+# may differ when a run is resumed; the last five change how it goes on, not what it is
+FREE = {"resume", "eval", "workers", "out", "compile", "save_every", "eval_every",
+        "batch_size", "accumulate", "steps", "epochs", "on_error"}
+# without the same, weights mean something else: may not even differ when they are only evaluated
+MEANING = {"preset", "window", "decoder_layers", "tasks", "queries", "many_queries", "min_depth",
+           "max_depth", "norm_pix"}
 
 
 def resume(args, model, optimizer, state):
@@ -114,10 +117,11 @@ def resume(args, model, optimizer, state):
     path = Path(args.out, "best.pt" if args.eval else "last.pt")
     checkpoint = read(path, "--out")
     then, now = checkpoint["args"], vars(args)
-    changed = [k for k in now if k not in FREE and then.get(k) != now[k]]
-    if args.resume and changed:
+    bound = MEANING if args.eval else now.keys() - FREE
+    changed = [k for k in now if k in bound and then.get(k) != now[k]]
+    if changed:
         flag = changed[0]
-        raise InputError(f"--resume {path}: was made with --{flag.replace('_', '-')} "
+        raise InputError(f"--out {path}: was made with --{flag.replace('_', '-')} "
                          f"{then.get(flag)}, not {now[flag]}; give the same, or another --out")
     try:
         model.load_state_dict(checkpoint["model"])

@@ -374,7 +374,7 @@ class Detection:
 
     def __init__(self, source, train, augment, size, seed):
         self.source, self.train, self.seed = source, train, seed
-        self.classes = source.classes
+        self.classes = source.classes[:source.things]
         self.transform = detection_transform(augment, size)
 
     def __len__(self):
@@ -402,7 +402,8 @@ class Detection:
 
 def open_detection(path, size, fraction=1.0, overfit=False, seed=0, **reading):
     """(training set, validation set) for object detection; see open_sources."""
-    sources = open_sources(path, size, ["boxes", "classes"], fraction, overfit, **reading)
+    sources = open_sources(path, size, ["boxes", "classes", "area"], fraction, overfit,
+                           **reading)
     return [Detection(s, train, train and not overfit, size, seed)
             for s, train in zip(sources, (True, False))]
 
@@ -467,10 +468,6 @@ def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False, **readi
 
 
 # -----------------------------------------------------------------------------
-# Batches
-
-
-# -----------------------------------------------------------------------------
 # Pose
 
 
@@ -480,10 +477,9 @@ TOY_PHOTO = 160                                 # px: half of ToyWorld's persons
 
 def persons(labels):
     """The persons among a photo's objects, numpy: boxes [P, 4], keypoints [P, 17, 3], area [P],
-    iscrowd [P] (all False if the source has no crowds). Without "area", masks are counted."""
-    area = labels["area"] if "area" in labels else labels["masks"].flatten(1).sum(1)
-    crowd = labels.get("iscrowd", torch.zeros(len(area), dtype=torch.bool))
-    found = dict(boxes=labels["boxes"], keypoints=labels["keypoints"], area=area, iscrowd=crowd)
+    iscrowd [P] (all False if the source has no crowds)."""
+    crowd = labels.get("iscrowd", torch.zeros(len(labels["area"]), dtype=torch.bool))
+    found = {k: labels[k] for k in ("boxes", "keypoints", "area")} | {"iscrowd": crowd}
     rows = np.asarray(labels["classes"]) == PERSON
     return {k: np.asarray(v)[rows] for k, v in found.items()}
 
@@ -587,11 +583,15 @@ def open_pose(path, size, fraction=1.0, seed=0, overfit=False, boxes=None, augme
     size: (H, W) of the crops; boxes: file of a detector's boxes for the validation photos; augment:
     (zoom, rotation) of pose.random_view.
     """
-    keys = ["boxes", "classes", "keypoints", "masks"]
+    keys = ["boxes", "classes", "area", "keypoints"]
     train, val = open_sources(path, TOY_PHOTO, keys, fraction, overfit, **reading)
     found = read_boxes(boxes, val.ids, val.category_ids[PERSON]) if boxes else None
     return [Pose(train, True, size, seed, None if overfit else augment),
             Pose(val, False, size, seed, boxes=found)]
+
+
+# -----------------------------------------------------------------------------
+# Batches
 
 
 def collate_photos(config, samples):

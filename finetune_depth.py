@@ -42,7 +42,7 @@ def flags():
     training.add_flags(parser)
     training.add_finetune_flags(parser)
     add, positive, rate = parser.add_argument, training.POSITIVE, training.RATE
-    add("--crop", type=positive, nargs=2, default=[416, 544], metavar=("HEIGHT", "WIDTH"),
+    add("--crop", type=training.PIXELS, nargs=2, default=[416, 544], metavar=("HEIGHT", "WIDTH"),
         help="training crop, px; at test the network sees whole photos")
     add("--queries", type=positive, default=64, help="M, the number of bins [paper]")
     add("--min-depth", type=rate, default=1e-3, help="metres: where the first bin begins")

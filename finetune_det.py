@@ -43,11 +43,13 @@ def flags():
     training.add_finetune_flags(parser)
     add, positive = parser.add_argument, training.POSITIVE
     add("--epochs", type=positive, default=50, help="[paper]")
-    add("--size", type=positive, default=800, help="shortest side at test, longest at training")
+    add("--size", type=training.PIXELS, default=800, help="shortest side at test, the largest "
+        "shortest side at training")
     add("--queries", type=positive, default=300, help="one-to-one queries [paper]")
     add("--many-queries", type=training.COUNT, default=1500, help="one-to-many queries [paper]")
     add("--repeats", type=positive, default=6, help="one-to-many queries matched to an object")
-    add("--weight-decay", type=training.number(float, 0), default=1e-4)
+    add("--weight-decay", type=training.number(float, 0), default=0.05,
+        help="as H-DETR with a Swin; 1e-4 with its ResNet")
     add("--clip", type=training.RATE, default=0.1, help="gradient norm")
     add("--eval-every", type=positive, default=5000, help="steps between evaluations")
     parser.set_defaults(batch_size=2, out="out/detection", lr=2e-4, backbone_lr=0.1,
@@ -107,7 +109,7 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     path = Path(args.out, "samples", f"{step:06d}.png")
     result = evaluate(model, val, args, state, path)
     log.write(step=step, **{k: result[k] for k in HEADLINE})
-    best = max(best or 0, result["AP"])
+    best = result["AP"] if best is None else max(best, result["AP"])
     checkpoints.keep(args, model, optimizer, state, step, best, is_best=result["AP"] == best,
                      classes=list(val.classes), category_ids=list(val.source.category_ids))
     return best
@@ -132,8 +134,7 @@ def main(args):
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
     step, best = checkpoints.resume(args, model, optimizer, state)
-    per_epoch = training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
-    steps = args.steps or args.epochs * per_epoch
+    steps = training.schedule(len(train), args, state)
     if args.eval or step >= steps:
         ap = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))["AP"]
         state.say(f"box AP {100 * ap:.2f} of {len(val)} images, step {step}")
@@ -155,7 +156,8 @@ def main(args):
         training.set_lr(optimizer, lr)
         for micro in range(args.accumulate):
             images, layout, targets = state.fetch(loader)
-            # every process divides by the same count, so that gradients average to the true mean
+            # every process divides by the same count, that of this micro-step, so that gradients
+            # average to the true mean
             objects = state.sum(sum(len(t["labels"]) for t in targets))[0] / state.world
             with state.no_sync(ddp, last=micro + 1 == args.accumulate):
                 with state.autocast():

@@ -156,8 +156,7 @@ def main(args):
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
     step, best = checkpoints.resume(args, model, optimizer, state)
-    per_epoch = training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
-    steps = args.steps or args.epochs * per_epoch
+    steps = training.schedule(len(train), args, state)
     if args.eval or step >= steps:
         result = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))
         state.say(", ".join(f"{k} {100 * v:.2f}" for k, v in result.items())

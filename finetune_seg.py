@@ -26,7 +26,7 @@ import checkpoints
 import draw
 import training
 from data import IGNORE, InputError, collate, find_objects, open_segmentation
-from inference import at_original, instance_inference, panoptic_inference, semantic_inference
+from inference import instance_inference, panoptic_inference, semantic_inference
 from losses import segmentation_loss
 from metrics import AveragePrecision, MeanIoU, PanopticQuality
 from model import Segmenter, normalize
@@ -64,7 +64,7 @@ def flags():
     add = parser.add_argument
     add("--tasks", type=task_names, default="semantic", help="some of semantic,instance,panoptic")
     positive = training.POSITIVE
-    add("--size", type=positive, default=640, help="side of the training crop, shortest at test")
+    add("--size", type=training.PIXELS, default=640, help="training crop, shortest side at test")
     add("--queries", type=lambda text: [positive(n) for n in text.split(",")], help="M, one number "
         "or one for each of --tasks (default: 100, but 200 for instance and panoptic [paper])")
     add("--points", type=positive, default=12544, help="sampled points per mask")
@@ -97,8 +97,7 @@ def predict(model, images, layout, originals, args, things, state):
     for task, (classes, masks) in answers.items():
         for out, c, m, size, original in zip(found, classes[-1], masks[-1], sizes, originals):
             if task == "semantic":
-                scores = semantic_inference(c[None], m[None])[0]
-                out[task] = at_original(scores, size, patch, original).argmax(0).byte().cpu()
+                out[task] = semantic_inference(c, m, size, patch, original).argmax(0).byte().cpu()
             elif task == "instance":
                 out[task] = {k: v.cpu() for k, v in
                              instance_inference(c, m, size, patch, original).items()}
@@ -214,7 +213,7 @@ def slices(tasks, targets):
 
 
 def objects_per_image(asked, targets, state):
-    """Mean number of objects in a task's images of this step over all processes: list of floats.
+    """Mean number of objects in a task's images of this micro-step over all processes, a list.
     All divide by the same number, so that gradients average to the true mean."""
     counts = [[len(t["labels"]) for t in targets[mine]] for mine in asked.values()]
     sums = state.sum(*map(sum, counts), *map(len, counts))

@@ -40,15 +40,6 @@ def detection_inference(class_logits, boxes, size, count=100):
     return {"scores": scores, "labels": label, "boxes": boxes}
 
 
-def semantic_inference(class_logits, mask_logits):
-    """Sum over queries of p(class) x p(mask), as Mask2Former; no-object dropped.
-
-    class_logits [B, M, K + 1], mask_logits [B, M, h, w] -> scores [B, K, h, w].
-    """
-    p = class_logits.float().softmax(-1)[..., :-1]
-    return torch.einsum("bqk,bqhw->bkhw", p, mask_logits.float().sigmoid())
-
-
 def in_parts(mask_logits, size, patch, original):
     """Mask logits [M, h, w] at the original size, a few masks at a time: [m, H0, W0] each.
 
@@ -58,6 +49,21 @@ def in_parts(mask_logits, size, patch, original):
     for part in mask_logits.float().split(max(1, PART // pixels)):
         if len(part):                                   # no mask at all: one part without a mask
             yield at_original(part, size, patch, original)
+
+
+def semantic_inference(class_logits, mask_logits, size, patch, original):
+    """Mask2Former's: the sum over queries of p(class) x p(mask); no-object dropped.
+
+    class_logits [M, K + 1] and mask_logits [M, h, w] of one image; size, patch, original as for
+    at_original. The logits are enlarged to the network's input, then the sum to the original.
+    Returns scores [K, H0, W0].
+    """
+    p, scores, done = class_logits.float().softmax(-1)[:, :-1], 0, 0
+    for logits in in_parts(mask_logits, size, patch, size):
+        part = p[done:done + len(logits)]
+        scores = scores + torch.einsum("qk,qhw->khw", part, logits.sigmoid())
+        done += len(logits)
+    return F.interpolate(scores[None], tuple(original), mode="bilinear", align_corners=False)[0]
 
 
 def instance_inference(class_logits, mask_logits, size, patch, original, limit=100):

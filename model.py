@@ -340,6 +340,11 @@ class Decoder(nn.Module):
 # GLID
 
 
+# What fills the units at the border of an image. Not 0, the mean: a patch of zeros would be a token
+# of zeros while the biases still are, and every LayerNorm multiplies its gradient by 300
+BLACK = -2.0
+
+
 class GLID(nn.Module):
     """The generalist encoder-decoder. Its three parts are what a task inherits (Table 4)."""
 
@@ -357,9 +362,10 @@ class GLID(nn.Module):
         """Normalised images float [B, 3, H, W] -> pixels of the visible units [n, 3, u, u]."""
         unit = self.config.unit
         height, width = (n * unit for n in layout.grid_units)
-        if layout.padded:                                   # padding is zero, whoever padded it
-            images = images * inside(layout.sizes, *images.shape[2:])[:, None]
-        images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
+        if layout.padded:                                   # the same, whoever padded it
+            images = torch.where(inside(layout.sizes, *images.shape[2:])[:, None], images, BLACK)
+        images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]),
+                       value=BLACK)
         return split_units(images, unit)[tuple(layout.units.unbind(1))]
 
     def encode(self, images, layout):
@@ -456,6 +462,13 @@ class Pretrainer(nn.Module):
         return self.head(x[:, 1:]), self.target(images, layout.hidden)
 
 
+def in_fp32(layer, x):
+    """A linear layer whose answer must not be rounded to bf16: boxes would be off by pixels, and
+    scores would tie."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.float())
+
+
 class Detector(nn.Module):
     """Queries -> a box and the probabilities of K classes, two linear layers.
 
@@ -486,7 +499,7 @@ class Detector(nn.Module):
             group = torch.arange(len(offsets), device=offsets.device) < self.groups[0]      # [Q]
             self_mask = group[:, None] == group
         x, _ = self.glid.ask(images, layout, offsets, self_mask, every_layer=train)
-        return self.classify(x), self.box(x).float().sigmoid()
+        return in_fp32(self.classify, x), in_fp32(self.box, x).sigmoid()
 
 
 class MaskHead(nn.Module):
@@ -550,7 +563,7 @@ class DepthEstimator(nn.Module):
     def bins(self, x):
         """x [B, M, D] -> centres of the bins in metres, float [B, M], rising (Eq. 5)."""
         # Eq. 5 needs lengths that sum to 1; the paper does not say how. Softmax, as BinsFormer
-        length = self.length(x)[..., 0].float().softmax(-1)
+        length = in_fp32(self.length, x)[..., 0].softmax(-1)
         middle = length.cumsum(-1) - length / 2             # all bins before it and half of its own
         return self.min_depth + (self.max_depth - self.min_depth) * middle  # Eq. 5
 

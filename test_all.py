@@ -188,7 +188,7 @@ def assert_packed_equals_dense(config, images, sizes, hidden):
         packed = [tokens.to_grid(m, s) for s, m in enumerate(maps)]
         for b, (h, w) in enumerate(sizes.tolist()):
             image = images[b, :, :h, :w].double()
-            image = F.pad(image, (0, -w % config.unit, 0, -h % config.unit))
+            image = F.pad(image, (0, -w % config.unit, 0, -h % config.unit), value=M.BLACK)
             rows, columns = (n // config.unit for n in image.shape[1:])
             gone = hidden[b, :rows, :columns]
             for stage, expected in enumerate(dense_reference(glid, image, gone)):
@@ -251,9 +251,8 @@ def test_padded_batch_equals_alone():
             h, w = m.shape[-2:]
             assert_close(masks[:, b, :, :h, :w], m[:, 0], 1e-9, f"masks of image {b}")
             together, alone = (
-                at_original(semantic_inference(x, y)[0], sizes[b], 2,
-                                         (33, 47)) for x, y in
-                ((classes[-1, b:b + 1], masks[-1, b:b + 1]), (c[-1], m[-1])))
+                semantic_inference(x, y, sizes[b], 2, (33, 47)) for x, y in
+                ((classes[-1, b], masks[-1, b]), (c[-1, 0], m[-1, 0])))
             assert_close(together, alone, 1e-6, f"answer for image {b}")
 
 
@@ -1069,10 +1068,27 @@ def test_inference_reaches_original_pixels():
     masks = torch.full((1, 3, 16, 24), -9.0)
     masks[0, 0, :, :8], masks[0, 1, :, 8:] = 9, 9
     masks[0, 2] = 9                                         # "no object" everywhere: must not count
-    scores = semantic_inference(classes, masks)
-    found = at_original(scores[0], (50, 64), 4, (100, 128)).argmax(0)
+    scores = semantic_inference(classes[0], masks[0], (50, 64), 4, (100, 128))
+    found = scores.argmax(0)
     assert found.shape == (100, 128)
     assert (found[:, :62] == 0).all() and (found[:, 66:] == 1).all()
+
+
+def test_semantic_inference_enlarges_logits():
+    """Mask2Former's order: logits to the network's input, sigmoid, sum over queries, cut, resize;
+    the same however few masks fit in memory at once."""
+    generator = torch.Generator().manual_seed(0)
+    classes, masks = (3 * torch.randn(*n, generator=generator) for n in ((5, 4), (5, 16, 16)))
+    big = F.interpolate(masks[None], (64, 64), mode="bilinear")[0].sigmoid()
+    sums = torch.einsum("qk,qhw->khw", classes.softmax(-1)[:, :3], big)[:, :50, :60]
+    expected = F.interpolate(sums[None], (70, 33), mode="bilinear")[0]
+    real = inference.PART
+    try:
+        for inference.PART in (real, 1):
+            found = semantic_inference(classes, masks, (50, 60), 4, (70, 33))
+            assert_close(found, expected, 1e-5)
+    finally:
+        inference.PART = real
 
 
 # -----------------------------------------------------------------------------
@@ -1211,6 +1227,14 @@ def test_every_parameter_learns_in_detection():
         else:                                               # boxes have nothing to learn from
             assert silent == ["box.weight", "box.bias"]
             assert net.box.weight.grad is not None
+
+
+def test_detection_answers_in_fp32():
+    """Boxes and scores are not rounded to bf16: that would cost pixels and tie scores."""
+    net, images = detector(), torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        for answer in net(images, whole(TINY, images), train=True):
+            assert answer.dtype == torch.float32 and (answer != answer.bfloat16().float()).any()
 
 
 def test_detection_inference_by_hand():
@@ -3419,6 +3443,23 @@ def test_two_processes_train_tasks_and_evaluate_as_one():
         assert one["step"] == two["step"] == 28
         for name in ("mIoU", "AP", "PQ"):
             assert one[name] > 1e-3 and abs(one[name] - two[name]) < 2e-6, (name, one, two)
+
+
+def test_evaluation_needs_the_same_meaning():
+    """--eval takes any --batch-size, even one larger than the training set; it refuses flags with
+    which the weights would mean something else."""
+    with folder() as at, quiet():
+        flags = ["--data", "toyworld:2", "--workers", 0, "--out", at]
+        for script, more, wrong in (
+                (finetune_det, ["--queries", 12], ["--queries", 9]),
+                (finetune_depth, [], ["--max-depth", 5]),
+                (finetune_pose, [], ["--decoder-layers", 6])):
+            out = ["--out", at / script.__name__]
+            script.main(args_for(script, *flags, *more, *out, "--steps", 1, "--batch-size", 2))
+            found = script.main(args_for(script, *flags, *more, *out, "--eval", "--batch-size", 99))
+            assert found["step"] == 1
+            with raises(InputError, wrong[0], "best.pt"):
+                script.main(args_for(script, *flags, *more, *out, *wrong, "--eval"))
 
 
 # -----------------------------------------------------------------------------

@@ -244,10 +244,10 @@ def scene(seed, index, size):
 
     image uint8 [S, S, 3]; semantic uint8 [S, S] (class); panoptic int32 [S, S] (object k -> k + 1,
     stuff class c -> 1000 + c); segments int64 [P, 3] (id in panoptic, class, 0 = no crowd); depth
-    float32 [S, S] in metres, 0 = sky. N objects, nearest first:
-    classes int64 [N]; boxes float32 [N, 4] xyxy pixels, right and bottom exclusive; masks bool
-    [N, S, S], visible part, disjoint; keypoints float32 [N, 17, 3] (x, y in pixels, v = 2 visible,
-    1 hidden, 0 outside; all 0 for what is no person).
+    float32 [S, S] in metres, 0 = sky. N objects, nearest first: classes int64 [N]; boxes float32
+    [N, 4] xyxy pixels, right and bottom exclusive; masks bool [N, S, S], visible part, disjoint;
+    area float32 [N], its pixels; keypoints float32 [N, 17, 3] (x, y in pixels, v = 2 visible, 1
+    hidden, 0 outside; all 0 for what is no person).
     """
     rng = np.random.default_rng([seed, index])
     w = layout(rng)
@@ -307,4 +307,4 @@ def annotate(w, objects, owner, semantic, size):
     return dict(semantic=np.where(owner < 0, semantic, classes[owner]).astype(np.uint8),
                 panoptic=np.where(owner < 0, np.int32(1000) + semantic, owner + 1).astype(np.int32),
                 segments=np.array(segments, np.int64).reshape(-1, 3), classes=classes, boxes=boxes,
-                masks=masks, keypoints=keypoints)
+                masks=masks, area=masks.sum((1, 2)).astype(np.float32), keypoints=keypoints)

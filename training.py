@@ -54,7 +54,7 @@ def number(kind, low, high=math.inf, above=False):
     return convert
 
 
-POSITIVE, COUNT = number(int, 1), number(int, 0)
+POSITIVE, COUNT, PIXELS = number(int, 1), number(int, 0), number(int, 16)
 RATE, SHARE = number(float, 0, above=True), number(float, 0, 1, above=True)
 
 
@@ -276,6 +276,14 @@ def loader(dataset, batches, collate, config, args, state):
         dataset, batch_sampler=batches, collate_fn=partial(collate, config),
         num_workers=args.workers, prefetch_factor=4 if args.workers else None,
         pin_memory=state.device.type == "cuda")
+
+
+def schedule(length, args, state):
+    """Steps of the whole run: --steps, else --epochs. Evaluation alone needs no training set."""
+    if args.eval:
+        return 0
+    per_epoch = steps_per_epoch(length, args, state, f"--data {args.data}")
+    return args.steps or args.epochs * per_epoch
 
 
 class Skipping:
