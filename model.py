@@ -466,7 +466,7 @@ def in_fp32(layer, x):
     """A linear layer whose answer must not be rounded to bf16: boxes would be off by pixels, and
     scores would tie."""
     with torch.autocast(x.device.type, enabled=False):
-        return layer(x.float())
+        return layer(x.to(layer.weight.dtype))
 
 
 class Detector(nn.Module):

@@ -1323,8 +1323,9 @@ def test_detection_loop_does_what_it_says():
         torch.save({"model": noisy(Pretrainer(TINY)).state_dict(), "config": {}}, at / "pre.pt")
         train, val = data.open_detection("toyworld:2", 64)
         empty = train.source.samples[1]
-        empty |= {k: empty[k][:0] for k in ("boxes", "classes")}
-        real, finetune_det.open_detection = finetune_det.open_detection, lambda *a: (train, val)
+        empty |= {k: empty[k][:0] for k in ("boxes", "classes", "area")}
+        real = finetune_det.open_detection
+        finetune_det.open_detection = lambda *a, **k: (train, val)
         try:
             finetune_det.main(args)
         finally:
@@ -1410,7 +1411,7 @@ def test_true_boxes_from_the_network_score_one():
 
         def forward(self, images, layout):
             assert not self.training
-            logits, boxes = torch.full((1, len(images), 9, 12), -9.0), torch.rand(
+            logits, boxes = torch.full((1, len(images), 9, 7), -9.0), torch.rand(
                 1, len(images), 9, 4)
             for b in range(len(images)):
                 s = next(self.samples)
@@ -1427,7 +1428,7 @@ def test_true_boxes_from_the_network_score_one():
             s["image"] = s["image"][:, :72 + i]
             s["boxes"][:, 1::2].clamp_(max=72 + i)
             keep = (s["boxes"][:, 3] > s["boxes"][:, 1])
-            s |= {k: s[k][keep] for k in ("boxes", "classes")}
+            s |= {k: s[k][keep] for k in ("boxes", "classes", "area")}
         net, state = Oracle(val.source.samples), training.Run(torch.device("cpu"))
         result = finetune_det.evaluate(net, val, args, state, at / "p.png")
         assert result["AP"] == result["AR100"] == 1.0 and net.training
@@ -1487,7 +1488,7 @@ def test_detection_details():
     assert (args.epochs, args.size, args.queries, args.many_queries, args.repeats) == (
         50, 800, 300, 1500, 6)
     assert (args.batch_size, args.lr, args.backbone_lr, args.weight_decay, args.clip, args.drop_path
-            ) == (2, 2e-4, 0.1, 1e-4, 0.1, 0.2)
+            ) == (2, 2e-4, 0.1, 0.05, 0.1, 0.2)
 
 
 # -----------------------------------------------------------------------------
@@ -1592,7 +1593,8 @@ def test_panoptic_inference_by_hand():
 
 def test_instance_and_panoptic_answers_of_a_padded_batch():
     """Each image of a padded batch gets the objects and segments that it gets alone."""
-    sizes = [(37, 85), (64, 16), (50, 61)]
+    torch.manual_seed(0)
+    sizes, segments = [(37, 85), (64, 16), (50, 61)], 0
     net = apart(noisy(Segmenter(ODD, dict.fromkeys(ALL_TASKS, 5), dict.fromkeys(ALL_TASKS, 3))))
     net, asked = net.double().eval(), dict.fromkeys(ALL_TASKS, slice(None))
     images = [torch.randn(3, h, w).double() for h, w in sizes]
@@ -1611,7 +1613,9 @@ def test_instance_and_panoptic_answers_of_a_padded_batch():
             (one, (ids, kinds)), (other, (other_ids, other_kinds)) = pairs
             assert torch.equal(one["masks"], other["masks"]) and len(one["masks"])
             assert_close(one["scores"], other["scores"], 1e-5)
-            assert torch.equal(ids, other_ids) and kinds == other_kinds and kinds
+            assert torch.equal(ids, other_ids) and kinds == other_kinds
+            segments += len(kinds)
+    assert segments
 
 
 def test_objects_of_toyworld():
@@ -3449,7 +3453,7 @@ def test_evaluation_needs_the_same_meaning():
     """--eval takes any --batch-size, even one larger than the training set; it refuses flags with
     which the weights would mean something else."""
     with folder() as at, quiet():
-        flags = ["--data", "toyworld:2", "--workers", 0, "--out", at]
+        flags = ["--data", "toyworld:8", "--workers", 0, "--out", at]
         for script, more, wrong in (
                 (finetune_det, ["--queries", 12], ["--queries", 9]),
                 (finetune_depth, [], ["--max-depth", 5]),
