@@ -544,6 +544,7 @@ class Pose:
         return self.person(*at) if self.train else self.photo(at[1])
 
     def person(self, epoch, index):
+        """A training sample: the crop of one person, augmented."""
         i, k = self.people[index]
         box, keypoints = (self.truths[i][name][k] for name in ("boxes", "keypoints"))
         if self.augment:
@@ -561,6 +562,7 @@ class Pose:
                 "labelled": torch.from_numpy(labelled)}
 
     def photo(self, index):
+        """A test sample: the crops of all persons of a photo, and how to get back to it."""
         image, truth = self.source[index]["image"].as_subclass(torch.Tensor), self.truths[index]
         boxes, scores = self.boxes[index]
         crops, back, area = [torch.empty(0, 3, *self.size, dtype=torch.uint8)], [], []

@@ -260,7 +260,8 @@ def main(args):
     model.train()
     while step < args.steps:
         torch.manual_seed(training.mix(args.seed, step, state.rank))    # drop path, sampled points
-        training.set_lr(optimizer, args.lr * training.poly(step, args.steps))
+        lr = args.lr * training.poly(step, args.steps)
+        training.set_lr(optimizer, lr)
         for micro in range(args.accumulate):
             images, layout, targets = state.fetch(loader)
             asked = slices(args.tasks, targets)
@@ -281,8 +282,7 @@ def main(args):
         ends = step % args.eval_every == 0 or step == args.steps
         saves = step % args.save_every == 0
         if ends or saves or step % 20 == 0:
-            rate = args.lr * training.poly(step - 1, args.steps)
-            log.write(step=step, loss=bar.report(step), lr=rate)
+            log.write(step=step, loss=bar.report(step), lr=lr)
         if ends:
             best = conclude(model, val, args, state, step, best, optimizer, log)
         elif saves:
