@@ -28,9 +28,9 @@ from model import Detector, normalize
 PRESETS = {
     # two CPU cores, three minutes. No scene has more than 8 objects: with few queries each
     # is matched often. See finetune_seg.py for the learning rate of the e_i
-    "tiny": dict(data="toyworld:1024", steps=1500, size=64, batch_size=8, queries=12,
+    "tiny": dict(data="toyworld:1024", steps=1300, size=64, batch_size=8, queries=12,
                  many_queries=48, lr=1e-3, backbone_lr=1.0, query_lr=30.0, drop_path=0.0,
-                 workers=1, eval_every=500),
+                 workers=1, eval_every=650),
     "small": dict(backbone_lr=1.0, drop_path=0.1),
 }
 HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
