@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
@@ -57,7 +58,14 @@ class Photos:
         return len(self.files)
 
     def __getitem__(self, index):
-        return {"image": tv_tensors.Image(read_image(self.files[index]))}
+        return {"image": self.image(index)}
+
+    def image(self, index, shrink=None):
+        """shrink: how many times smaller will do, see read_image."""
+        return tv_tensors.Image(read_image(self.files[index], shrink=shrink))
+
+    def subset(self, indexes):
+        return Photos([self.files[i] for i in indexes])
 
 
 # -----------------------------------------------------------------------------
@@ -94,6 +102,10 @@ class ToyWorld:
             tv_tensors.BoundingBoxes, format="XYXY", canvas_size=canvas)}
         kinds |= dict.fromkeys(("semantic", "panoptic", "masks", "depth"), tv_tensors.Mask)
         return {k: kinds[k](v) if k in kinds else v for k, v in sample.items()}
+
+    def image(self, index, shrink=None):
+        """The photo alone; it is in memory, so nothing is gained by a smaller one."""
+        return tv_tensors.Image(self.samples[index]["image"])
 
     @property
     def ids(self):
@@ -176,29 +188,41 @@ class Pretraining:
     """Crops and masks: (epoch, index) -> (uint8 [3, S, S], hidden bool [S / unit, S / unit])."""
 
     def __init__(self, source, train, size, unit, mask, ratio, seed):
-        self.source, self.seed, self.train = source, seed, train
+        self.source, self.size, self.seed, self.train = source, size, seed, train
         self.mask = (mask, size // unit, ratio)
         bicubic = InterpolationMode.BICUBIC
-        self.transform = v2.Compose([                                   # MAE's, the paper says
-            v2.RandomResizedCrop(size, scale=(0.2, 1), interpolation=bicubic, antialias=True),
-            v2.RandomHorizontalFlip(),
-        ] if train else [v2.Resize(size, bicubic, antialias=True), v2.CenterCrop(size)])
+        # MAE's, the paper says
+        self.crop = v2.RandomResizedCrop(size, (0.2, 1), interpolation=bicubic, antialias=True)
+        self.transform = v2.Compose([self.crop, v2.RandomHorizontalFlip()] if train else
+                                    [v2.Resize(size, bicubic, antialias=True), v2.CenterCrop(size)])
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, at):
-        epoch, index = at
-        with seeded(self.seed, int(self.train), epoch, index):
-            image = self.transform(self.source[index]["image"])
+        seed = self.seed, int(self.train), *at                          # at: epoch, index
+        image = self.source.image(at[1], partial(self.shrink, seed))
+        with seeded(*seed):
+            image = self.transform(image)
             return image.as_subclass(torch.Tensor), hidden_units(*self.mask)
 
+    def shrink(self, seed, height, width):
+        """How many times smaller than height x width the photo may be decoded, so that its crop
+        still has a pixel for each of the sample's. From the smaller photo, the same seed will draw
+        a crop of the same share and aspect."""
+        if self.train:
+            with seeded(*seed):
+                crop = self.crop.make_params([torch.empty(3, height, width, device="meta")])
+            height, width = crop["height"], crop["width"]
+        return min(height, width) / self.size
 
-def open_pretraining(path, config, mask="random", ratio=0.75, seed=0):
+
+def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="stop"):
     """(training set, validation set) of Pretraining samples.
 
     path: "toyworld[:COUNT]", or a folder with train/ and val/ inside (ImageNet's layout), or any
     folder of photos, of which every 20th in path order is then kept for validation.
+    on_error "skip": validation photos are all read once, and the unreadable ones left out.
     """
     side = config.image_size // config.unit
     if not 0 < ratio < 1 or not 0 < int(side * side * (1 - ratio)):
@@ -217,6 +241,8 @@ def open_pretraining(path, config, mask="random", ratio=0.75, seed=0):
         sources = [Photos(train), Photos(list_images(val))] if val.is_dir() else hold_out(train)
     else:
         sources = hold_out(list_images(path))
+    if on_error == "skip" and not count:
+        sources[1] = readable(sources[1])
     return [Pretraining(s, train, config.image_size, config.unit, mask, ratio, seed)
             for s, train in zip(sources, (True, False))]
 
@@ -248,6 +274,36 @@ class CropToFit:
                 for k, v in sample.items()}
 
 
+class ColourJitter:
+    """SSD's as Mask2Former uses it: brightness +-32, contrast x 0.5..1.5 before or after saturation
+    x 0.5..1.5 and hue +-36 degrees, each half of the time. (torchvision's RandomPhotometricDistort
+    follows SSD further: it also swaps the channels of every other photo.)"""
+
+    def __call__(self, sample):
+        apply, contrast_first = torch.rand(4) < 0.5, torch.rand(()) < 0.5
+        low, high = torch.tensor([[-32, 0.5, 0.5, -25.6], [32, 1.5, 1.5, 25.6]])
+        drawn = low + (high - low) * torch.rand(4)
+        drawn = torch.where(apply, drawn, torch.tensor([0, 1, 1, 0]))
+        brightness, contrast, saturation, hue = drawn.tolist()
+        values = np.arange(256.0)
+        image = recolour(v2.functional.to_pil_image(sample["image"]), values + brightness)
+        if contrast_first:
+            image = recolour(image, values * contrast)
+        if apply[2:].any():
+            h, s, v = image.convert("HSV").split()              # all in 0..255, hue too
+            h, s = recolour(h, (values + hue).round() % 256), recolour(s, values * saturation)
+            image = Image.merge("HSV", (h, s, v)).convert("RGB")
+        if not contrast_first:
+            image = recolour(image, values * contrast)
+        return sample | {"image": v2.functional.to_image(image)}
+
+
+def recolour(image, values):
+    """PIL image with value i of a channel replaced by values[i], or values[channel, i]."""
+    table = np.broadcast_to(values, (len(image.getbands()), 256)).round().clip(0, 255)
+    return image.point(table.astype(int).ravel().tolist())
+
+
 def segmentation_transform(train, size):
     """Mask2Former's recipe for ADE20K: scale 0.5..2, crop, SSD's colour jitter, flip; at test the
     shortest edge becomes `size`, the longest at most 4 times that."""
@@ -255,7 +311,7 @@ def segmentation_transform(train, size):
         return v2.RandomShortestSize([size], max_size=4 * size, antialias=True)
     scales = [int(size * s / 10) for s in range(5, 21)]
     return v2.Compose([v2.RandomShortestSize(scales, max_size=4 * size, antialias=True),
-                       CropToFit(size, size), v2.RandomPhotometricDistort(),
+                       CropToFit(size, size), ColourJitter(),
                        v2.RandomHorizontalFlip()])
 
 
@@ -418,11 +474,11 @@ class ColourAugment:
     def __call__(self, sample):
         if torch.rand(()) < 0.5:
             gamma, bright = (torch.empty(()).uniform_(*r) for r in ((0.9, 1.1), (0.75, 1.25)))
-            channels = torch.empty(3, 1, 1).uniform_(0.9, 1.1)
+            channels = torch.empty(3, 1).uniform_(0.9, 1.1)
             # gamma on 0..1 as BTS; BinsFormer's on 0..255 would clip most of the photo
-            image = (sample["image"].float() / 255) ** gamma * bright * channels
-            image = (image.clamp(0, 1) * 255).round().byte()
-            sample = sample | {"image": tv_tensors.Image(image)}
+            values = (torch.arange(256) / 255) ** gamma * bright * channels * 255
+            image = recolour(v2.functional.to_pil_image(sample["image"]), values.numpy())
+            sample = sample | {"image": v2.functional.to_image(image)}
         return sample
 
 

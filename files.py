@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 from torchvision import tv_tensors
 
 IGNORE = 255                                    # label of pixels that belong to no class
@@ -30,15 +30,23 @@ def refuse(message, on_error):
         print(f"skipped: {message}", file=sys.stderr, flush=True)
 
 
-def read_image(path, upright=True):
-    """Any photo -> uint8 [3, H, W].
+def read_image(path, upright=True, shrink=None):
+    """Any photo -> uint8 [3, H, W], its channels side by side in memory, as PIL has them and as
+    torchvision resizes fastest.
 
     Grey, palette, CMYK and alpha become RGB, 16 bits become 8, EXIF rotation is applied if
-    `upright`. A file that cannot be read in full raises InputError with its name.
+    `upright`. shrink: a function of the upright (H, W) that tells how many times smaller will do; a
+    JPEG is then decoded at 1/2, 1/4 or 1/8, in a fraction of the time.
+    A file that cannot be read in full raises InputError with its name.
     """
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image) if upright else image
+            if shrink:
+                turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                factor = shrink(*(image.size if turned else image.size[::-1]))
+                image.draft(None, tuple(max(1, int(n / factor)) for n in image.size))
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):                  # 16 bit: PIL's convert would clip
                 wide = np.asarray(image).astype(np.int64)
                 if wide.min() < 0 or wide.max() > 65535:
@@ -49,13 +57,13 @@ def read_image(path, upright=True):
                 raise InputError(f"{path}: floating-point image; save it with 8 or 16 bits")
             elif image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")               # else PIL warns on every such file
-            array = np.array(image.convert("RGB"))
+            array = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except Image.DecompressionBombError:
         raise InputError(f"{path}: too many pixels ({Image.MAX_IMAGE_PIXELS} is the limit); "
                          "shrink or remove it") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{path}: not a readable image ({error}); replace or remove it") from None
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def read_pixels(path, modes, what):

@@ -113,7 +113,8 @@ def main(args):
     """Train; returns {"loss": best validation error, "step": steps done}."""
     state = training.start(args)
     config = training.model_config(args)
-    train, val = open_pretraining(args.data, config, args.mask, args.mask_ratio, args.seed)
+    train, val = open_pretraining(args.data, config, args.mask, args.mask_ratio, args.seed,
+                                  args.on_error)
 
     torch.manual_seed(args.seed)                                            # same weights on all
     model = Pretrainer(config, args.norm_pix).to(state.device)
@@ -135,8 +136,8 @@ def main(args):
     training.compile_model(model, args)
     ddp = state.wrap(model)
     batches = training.Batches(len(train), args, state, step, steps)
-    loader = training.Timed(training.loader(train, batches, collate_pretraining, config, args,
-                                            state))
+    loader = training.Timed(training.loader(training.forgiving(train, args), batches,
+                                            collate_pretraining, config, args, state))
     log = training.Log(args, state, step)
     bar = training.Progress(step, steps, "pre-training", loader, state, total_batch)
     model.train()

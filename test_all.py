@@ -8,6 +8,7 @@ Numbers are checked against something written independently: torchvision's Swin,
 re-statement of the encoder, brute force over permutations, cases worked by hand.
 """
 import argparse
+import colorsys
 import contextlib
 import io
 import itertools
@@ -864,14 +865,51 @@ def test_photo_formats():
             if mode not in ("1", "P"):
                 error = np.abs(image.permute(1, 2, 0).numpy() - expected).mean()
                 assert error < 12, f"{name} is off by {error}"
-        Image.fromarray((grey * 257).astype(np.uint16)).save(at / "16.png")
+        deep = np.linspace(0, 65535, 30 * 40).astype(np.uint16).reshape(30, 40)
+        Image.fromarray(deep).save(at / "16.png")
         wide = data.read_image(at / "16.png").permute(1, 2, 0).numpy()
-        assert np.abs(wide - grey[..., None]).max() <= 1
+        assert (wide == (deep // 257)[..., None]).all()                     # 65535 = 255 * 257
         exif = Image.Exif()
         exif[0x0112] = 6                                                    # "rotate 90 clockwise"
         Image.open(at / "rgb.png").save(at / "turned.png", exif=exif)
         assert (data.read_image(at / "turned.png").permute(1, 2, 0).numpy()
                 == np.rot90(truth, -1)).all()
+
+
+def test_a_jpeg_is_decoded_no_larger_than_needed():
+    """A photo 4 times too large comes out at a quarter, upright, its crop as of the whole photo."""
+    with folder() as at:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        write_photo(at / "a.jpg", (640, 480), exif=exif)
+        asked = []
+        for factor, size in ((1.9, (640, 480)), (2, (320, 240)), (5, (160, 120)), (99, (80, 60)),
+                             (0.1, (640, 480))):
+            image = files.read_image(at / "a.jpg", shrink=lambda *s, f=factor: asked.append(s) or f)
+            assert image.shape[1:] == size and asked[-1] == (640, 480), (factor, image.shape)
+        assert files.read_image(at / "a.jpg", False, lambda h, w: 4).shape[1:] == (120, 160)
+        whole = (at / "a.jpg").read_bytes()
+        (at / "half.jpg").write_bytes(whole[:len(whole) // 2])
+        with raises(InputError, "half.jpg"):
+            files.read_image(at / "half.jpg", shrink=lambda h, w: 8)
+
+        class Whole(data.Photos):
+            def image(self, index, shrink=None):
+                return super().image(index)
+        ramp = np.broadcast_to((np.arange(480) * 255 / 479)[:, None, None], (480, 640, 3))
+        Image.fromarray(ramp.astype(np.uint8)).save(at / "ramp.jpg", quality=95)
+        for train, name in ((True, "ramp.jpg"), (False, "a.jpg")):
+            fast, slow = (data.Pretraining(source([at / name]), train, 64, 16, "random", 0.75, 0)
+                          for source in (data.Photos, Whole))
+            for epoch in range(12):
+                (a, hidden), (b, same) = (x[epoch, 0] for x in (fast, slow))
+                assert a.shape == b.shape == (3, 64, 64) and (hidden == same).all()
+                if train:                           # the crop may lie elsewhere, its size is kept
+                    a, b = (x.float().amax((0, 2)).diff().sum() for x in (a, b))
+                    assert fast.shrink((0, 1, epoch, 0), 480, 640) < 1.1 * b * 480 / 255 / 64
+                # (0: read whole after all; another photo: 40)
+                error = (a.float() - b.float()).abs().mean()
+                assert 0 < error < 4 or train and error < 4, (train, error)
 
 
 def test_broken_photos_are_named():
@@ -1011,12 +1049,49 @@ def test_toyworld_exports_imagenet():
             assert min((photo - s).abs().mean() for s in scenes) < 10      # JPEG; others: 40
 
 
+def test_colour_jitter_is_pixelwise_and_as_said():
+    """Every pixel against colorsys, each change half of the time; channels are never swapped."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 3))
+    photo = torch.from_numpy(pixels.T.astype(np.uint8)).view(3, 3, 4)
+    counts = torch.zeros(4)
+    for seed in range(200):
+        with data.seeded(seed):
+            out = data.ColourJitter()({"image": photo})["image"]
+        with data.seeded(seed):
+            apply, first = torch.rand(4) < 0.5, torch.rand(()) < 0.5
+            amounts = torch.rand(4)
+        counts += apply
+        shift, contrast, saturation, turn = (
+            a * (high - low) + low if on else (low + high) / 2
+            for on, a, (low, high) in zip(apply.tolist(), amounts.tolist(),
+                                          ((-32, 32), (0.5, 1.5), (0.5, 1.5), (-0.1, 0.1))))
+        for before, after in zip(pixels, out.flatten(1).T.tolist()):
+            rgb = (before + shift).clip(0, 255)
+            rgb = (rgb * contrast).clip(0, 255) if first else rgb
+            h, s, v = colorsys.rgb_to_hsv(*rgb / 255)
+            rgb = 255 * np.array(colorsys.hsv_to_rgb((h + turn) % 1, min(1, s * saturation), v))
+            rgb = rgb if first else (rgb * contrast).clip(0, 255)
+            assert np.abs(rgb - after).max() < 12, (seed, before, rgb, after)   # HSV in 8 bits
+    assert ((counts - 100).abs() < 25).all()
+    photo = photo.float().div(255)
+    for seed in range(20):                                  # BTS's gamma, on 0..1
+        with data.seeded(seed):
+            out = data.ColourAugment()({"image": (photo * 255).byte()})["image"]
+        with data.seeded(seed):
+            expected = photo
+            if torch.rand(()) < 0.5:
+                gamma = torch.empty(()).uniform_(0.9, 1.1)
+                bright = torch.empty(()).uniform_(0.75, 1.25)
+                expected = photo ** gamma * bright * torch.empty(3, 1, 1).uniform_(0.9, 1.1)
+        assert (out - expected.clamp(0, 1) * 255).abs().max() < 0.51
+
+
 def test_segmentation_samples_stay_aligned():
     """Photo and labels get the same crop and flip: a photo painted by its labels stays so."""
     train, val = data.open_segmentation("toyworld:6", 64)
     transform = data.segmentation_transform(True, 64)
     transform = data.v2.Compose([t for t in transform.transforms
-                                 if not isinstance(t, data.v2.RandomPhotometricDistort)])
+                                 if not isinstance(t, data.ColourJitter)])
     for i in range(6):
         semantic = train.source[i]["semantic"]
         sample = {"image": data.tv_tensors.Image(semantic.expand(3, -1, -1) * 20),
@@ -1657,7 +1732,7 @@ def test_objects_stay_aligned_and_empty_ones_go():
     sizes = set()
     train = data.Segmentation(Source(), True, 32, 0, ["instance", "panoptic"])
     train.transform = data.v2.Compose([t for t in train.transform.transforms
-                                       if not isinstance(t, data.v2.RandomPhotometricDistort)])
+                                       if not isinstance(t, data.ColourJitter)])
     for epoch in range(20):
         sample = train[(epoch, 0)]
         masks = sample["masks"]

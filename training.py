@@ -76,6 +76,8 @@ def add_flags(parser):
     add("--window", type=number(int, 2, 32), help="attention window, tokens a side")
     add("--drop-path", type=number(float, 0, 0.9), help="of the last encoder block")
     add("--decoder-layers", type=number(int, 3, 99), help="a multiple of 3")
+    add("--on-error", choices=("stop", "skip"), default="stop", help="at a broken photo or "
+        "annotation: stop, or go on without it and count")
     add("--compile", action="store_true", help="torch.compile the decoder (GPUs)")
 
 
@@ -90,8 +92,6 @@ def add_finetune_flags(parser):
     add("--data-fraction", type=SHARE, default=1.0, help="share of the training set (Table 8)")
     add("--backbone-lr", type=number(float, 0), help="lr of the backbone, times --lr")
     add("--query-lr", type=number(float, 0), default=1.0, help="lr of the e_i, times --lr")
-    add("--on-error", choices=("stop", "skip"), default="stop", help="at a broken photo or "
-        "annotation: stop, or go on without it and count")
 
 
 def parse(parser, presets, argv=None):
