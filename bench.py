@@ -4,6 +4,7 @@ whose speed drifts favours nobody. A ratio is the median over the rounds.
 
     python bench.py encoder step             against torchvision's dense Swin of the same sizes
     python bench.py losses                   detection's matching and losses against its network
+    python bench.py data --data FOLDER       files to training samples, against torchvision on PIL
     python bench.py encoder step --json      the ratios as one line of JSON
 
 encoder, step: forward + backward in training mode, Swin-B, window 6, 192 px, batch 8, 75 % hidden,
@@ -11,18 +12,31 @@ fp32 on CPU, bf16 autocast on GPUs that have it. The floor by arithmetic (multip
 dense encoder's) is 0.27 for the encoder that sees a quarter and 0.37 for the whole pre-training
 step; seconds can fall below it, because the dense encoder also spends time on what is not a
 multiply-add.
+
+data: images/s of one core, at the paper's sizes: decode, read the labels, augment. FOLDER holds
+imagenet/, coco/, ADEChallengeData2016/ and nyu/ in the official layouts, or some of them; without
+it, 640 px ToyWorld photos are written to a temporary folder.
 """
 import argparse
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torchvision import tv_tensors
 from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
 
+import data
+import pose
+import toyexport
 from data import hidden_units, seeded
 from finetune_det import group_losses
 from layout import Layout, whole
@@ -31,7 +45,7 @@ from model import PRESETS, Config, Detector, Pretrainer
 from training import autocast_dtype, pick_device
 
 # what a part times besides "dense"
-NEEDS = {"encoder": ["visible", "all_visible"], "step": ["step"], "losses": []}
+NEEDS = {"encoder": ["visible", "all_visible"], "step": ["step"], "losses": [], "data": []}
 
 
 def contestants(config, device):
@@ -176,6 +190,108 @@ def memory_against_dense(args):
     return {"memory_visible_over_dense": ratio}
 
 
+def read_pil(source, index, labels=True):
+    """A sample as torchvision's references read it: PIL photo, PNG labels by pil_to_tensor. What
+    torchvision has no reader for, COCO's JSON, comes from our source."""
+    record = source.records[index]
+    sample = {"image": Image.open(record["photo"]).convert("RGB")}
+    if "label" in record:
+        values = v2.functional.pil_to_tensor(Image.open(record["label"]))
+        depth = values.dtype != torch.uint8
+        sample["label"] = tv_tensors.Mask(values.float() / 1000 if depth else values)
+    elif "map" in record:
+        r, g, b = v2.functional.pil_to_tensor(Image.open(record["map"])).int()
+        sample["panoptic"] = tv_tensors.Mask(r + 256 * g + 65536 * b)
+    elif labels:
+        found, size = source.read(record)
+        boxes = {"format": "XYXY", "canvas_size": size}
+        sample |= {k: tv_tensors.Mask(v) if k == "masks" else tv_tensors.BoundingBoxes(v, **boxes)
+                   for k, v in found.items() if k in ("masks", "boxes")}
+    return sample
+
+
+def torchvision_pose(dataset, index):
+    """A person's crop with torchvision's means, its random numbers drawn as ours."""
+    i, k = dataset.people[index]
+    box, keypoints = (dataset.truths[i][name][k] for name in ("boxes", "keypoints"))
+    centre, size, degrees, mirrored = pose.random_view(box, keypoints, *dataset.size)
+    photo = read_pil(dataset.source, i, labels=False)["image"]
+    left, top = (centre - size / 2).round().astype(int).tolist()
+    if degrees:
+        photo = v2.functional.affine(photo, degrees, [0, 0], 1.0, [0.0, 0.0],
+                                     InterpolationMode.BILINEAR, center=centre.tolist())
+    height, width = (max(1, round(s)) for s in size[::-1].tolist())
+    crop = v2.functional.resized_crop(photo, top, left, height, width, list(dataset.size))
+    return v2.functional.pil_to_tensor(v2.functional.hflip(crop) if mirrored else crop)
+
+
+def loaders(root):
+    """(name, our training set, torchvision's way to a sample of it) for what lies in root."""
+    flip, jitter = v2.RandomHorizontalFlip(), v2.ColorJitter
+    colours = [v2.RandomApply([j]) for j in (jitter(brightness=(0.875, 1.125)),
+               jitter(contrast=0.5), jitter(saturation=0.5), jitter(hue=0.1))]
+    to_tensor = v2.PILToTensor()
+    segment = v2.Compose([v2.RandomShortestSize([64 * s for s in range(5, 21)], 2560),
+                          v2.RandomCrop(640, pad_if_needed=True), *colours, flip, to_tensor])
+    detect = v2.Compose([flip, v2.RandomApply([v2.RandomShortestSize([400, 500, 600]),
+                                               v2.RandomCrop([400, 492], pad_if_needed=True)]),
+                         v2.RandomShortestSize(list(range(480, 801, 32)), 1333), to_tensor])
+    depth = v2.Compose([v2.RandomApply([v2.RandomRotation(2.5, InterpolationMode.BILINEAR)]), flip,
+                        v2.RandomCrop([416, 544]), v2.RandomApply([jitter(0.25)]), to_tensor])
+    crop = v2.Compose([v2.RandomResizedCrop(192, (0.2, 1), interpolation=InterpolationMode.BICUBIC),
+                       flip, to_tensor])
+
+    def theirs(transform, dataset, index):
+        return transform(read_pil(dataset.source, index))
+
+    def photo(dataset, index):
+        return crop(Image.open(dataset.source.files[index]).convert("RGB"))
+    root, config = Path(root), Config()
+    coco, ade, nyu = root / "coco", root / "ADEChallengeData2016", root / "nyu"
+    pretraining = partial(data.open_pretraining, config=config)
+    segmentation = partial(data.open_segmentation, size=640)
+    for name, folder, opened, reference in (
+            ("pre-training", root / "imagenet", pretraining, photo),
+            ("pre-training, loose photos", root / "photos", pretraining, photo),
+            ("detection", coco, partial(data.open_detection, size=800), partial(theirs, detect)),
+            ("instance", coco, partial(segmentation, tasks=["instance"]), partial(theirs, segment)),
+            ("panoptic", coco, partial(segmentation, tasks=["panoptic"]), partial(theirs, segment)),
+            ("semantic", ade, segmentation, partial(theirs, segment)),
+            ("depth", nyu, partial(data.open_depth, height=416, width=544), partial(theirs, depth)),
+            ("pose", coco, partial(data.open_pose, size=(256, 192)), torchvision_pose)):
+        if folder.is_dir():
+            dataset = opened(folder)[0]
+            yield name, dataset, partial(reference, dataset)
+
+
+def loading_against_torchvision(args, count=32):
+    """Images/s of one core for each loader, ours and torchvision's in turn; {"<name>": ratio}."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.data:
+            for name, layout in (("imagenet", "imagenet"), ("coco", "coco"), ("nyu", "nyu"),
+                                 ("ADEChallengeData2016", "ade20k")):
+                for split in ("train", "val"):
+                    toyexport.export(Path(folder, name), layout, count, 640, 0, split)
+        torch.set_num_threads(1)
+        result = {}
+        for name, ours, theirs in loaders(args.data or folder):
+            seconds, photos = ([], []), range(0, len(ours), -(-len(ours) // count))
+            for r in tqdm(range(args.rounds + 1), desc=name, leave=False, disable=None):
+                for work, spent in zip((lambda i, r=r, ours=ours: ours[r, i], theirs), seconds):
+                    begun = time.perf_counter()
+                    with seeded(r):
+                        for i in photos:
+                            work(i)
+                    spent.append((time.perf_counter() - begun) / len(photos))
+            a, b = (s[1:] for s in seconds)             # the first round warms up
+            result[f"{name}_over_torchvision"] = ratio = round(
+                statistics.median(y / x for x, y in zip(a, b)), 2)
+            if not args.json:
+                print(f"{name:12} {1 / statistics.median(a):6.1f} images/s a core, torchvision "
+                      f"{1 / statistics.median(b):6.1f}, ratio {ratio:.2f}")
+    return result
+
+
 def main(args):
     """Time, measure memory, print; returns the ratios by name."""
     device, config, result = pick_device(), Config(**PRESETS[args.preset]), {}
@@ -192,6 +308,8 @@ def main(args):
         if not args.json:
             print("detection, 16 images of 640 px, 20 objects each: {:.2f} s of matching and losses"
                   ", {:.1f} s of network, ratio {:.4f}".format(*share.values()))
+    if "data" in args.parts:
+        result |= loading_against_torchvision(args)
     if args.json:
         print(json.dumps(result))
     return result
@@ -200,7 +318,8 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="encoder, step, losses; all by default")
+    parser.add_argument("parts", nargs="*", help="encoder, step, losses, data; all by default")
+    parser.add_argument("--data", help="folder of data sets for the part data")
     parser.add_argument("--json", action="store_true", help="print only one line of JSON")
     parser.add_argument("--preset", choices=PRESETS, default="base")
     parser.add_argument("--batch-size", type=int, default=8)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import cocomask
-from files import IGNORE, SPLITS, InputError, Source, hold_out, read_colours, read_json, refuse
+from files import IGNORE, SPLITS, InputError, Source, hold_out, read_json, read_numbers, refuse
 
 # what an entry raises that is not as it should be
 BAD = (KeyError, TypeError, ValueError, OverflowError, AttributeError)
@@ -230,11 +230,10 @@ def parse_segments(entries, label):
 
 def read_panoptic(path, keys, record):
     """Record of coco_panoptic -> labels; segments get the ids 1..S in the order of the file."""
-    colours, segments = read_colours(record["map"]), record["segments"]
-    if colours.shape[:2] != record["size"]:
-        raise InputError(f"{record['map']}: {list(colours.shape[:2])} pixels, but {path} says "
+    ids, segments = read_numbers(record["map"]), record["segments"]
+    if ids.shape != record["size"]:
+        raise InputError(f"{record['map']}: {list(ids.shape)} pixels, but {path} says "
                          f"{list(record['size'])}")
-    ids = colours @ np.array([1, 256, 65536], np.int32)                     # [H, W]
     order = segments[:, 0].argsort()
     listed = np.append(0, segments[order, 0])
     at = listed.searchsorted(ids).clip(max=len(order))                      # [H, W] 0..S

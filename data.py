@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import pose
 import toyworld
-from files import IGNORE, InputError, list_images, read_image
+from files import IGNORE, InputError, list_images, read_image, read_view
 from formats import open_folder, readable
 from layout import Layout
 
@@ -58,11 +58,11 @@ class Photos:
         return len(self.files)
 
     def __getitem__(self, index):
-        return {"image": self.image(index)}
+        return {"image": tv_tensors.Image(read_image(self.files[index]))}
 
-    def image(self, index, shrink=None):
-        """shrink: how many times smaller will do, see read_image."""
-        return tv_tensors.Image(read_image(self.files[index], shrink=shrink))
+    def view(self, index, choose, size):
+        """See files.read_view."""
+        return read_view(self.files[index], choose, size)
 
     def subset(self, indexes):
         return Photos([self.files[i] for i in indexes])
@@ -103,9 +103,10 @@ class ToyWorld:
         kinds |= dict.fromkeys(("semantic", "panoptic", "masks", "depth"), tv_tensors.Mask)
         return {k: kinds[k](v) if k in kinds else v for k, v in sample.items()}
 
-    def image(self, index, shrink=None):
-        """The photo alone; it is in memory, so nothing is gained by a smaller one."""
-        return tv_tensors.Image(self.samples[index]["image"])
+    def view(self, index, choose, size):
+        """As files.read_view, but it is in memory: nothing is gained by a smaller photo."""
+        image = self.samples[index]["image"]
+        return image, choose(*image.shape[1:])
 
     @property
     def ids(self):
@@ -190,31 +191,29 @@ class Pretraining:
     def __init__(self, source, train, size, unit, mask, ratio, seed):
         self.source, self.size, self.seed, self.train = source, size, seed, train
         self.mask = (mask, size // unit, ratio)
-        bicubic = InterpolationMode.BICUBIC
-        # MAE's, the paper says
-        self.crop = v2.RandomResizedCrop(size, (0.2, 1), interpolation=bicubic, antialias=True)
-        self.transform = v2.Compose([self.crop, v2.RandomHorizontalFlip()] if train else
-                                    [v2.Resize(size, bicubic, antialias=True), v2.CenterCrop(size)])
+        self.random_crop = v2.RandomResizedCrop(size, scale=(0.2, 1))       # MAE's, the paper says
 
     def __len__(self):
         return len(self.source)
 
     def __getitem__(self, at):
-        seed = self.seed, int(self.train), *at                          # at: epoch, index
-        image = self.source.image(at[1], partial(self.shrink, seed))
-        with seeded(*seed):
-            image = self.transform(image)
-            return image.as_subclass(torch.Tensor), hidden_units(*self.mask)
+        epoch, index = at
+        with seeded(self.seed, int(self.train), epoch, index):
+            image, view = self.source.view(index, self.choose, self.size)
+            image = v2.functional.resized_crop(image, *view, [self.size] * 2,
+                                               InterpolationMode.BICUBIC, antialias=True)
+            if self.train and torch.rand(()) < 0.5:
+                image = v2.functional.horizontal_flip(image)
+            return image, hidden_units(*self.mask)
 
-    def shrink(self, seed, height, width):
-        """How many times smaller than height x width the photo may be decoded, so that its crop
-        still has a pixel for each of the sample's. From the smaller photo, the same seed will draw
-        a crop of the same share and aspect."""
+    def choose(self, height, width):
+        """top, left, height, width of what becomes a sample: in training a random part of 20 to
+        100 % of the photo, in validation the square in the middle."""
         if self.train:
-            with seeded(*seed):
-                crop = self.crop.make_params([torch.empty(3, height, width, device="meta")])
-            height, width = crop["height"], crop["width"]
-        return min(height, width) / self.size
+            return self.random_crop.make_params([torch.empty(3, height, width,
+                                                             device="meta")]).values()
+        side = min(height, width)
+        return (height - side) // 2, (width - side) // 2, side, side
 
 
 def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="stop"):
@@ -285,15 +284,14 @@ class ColourJitter:
         drawn = low + (high - low) * torch.rand(4)
         drawn = torch.where(apply, drawn, torch.tensor([0, 1, 1, 0]))
         brightness, contrast, saturation, hue = drawn.tolist()
-        values = np.arange(256.0)
-        image = recolour(v2.functional.to_pil_image(sample["image"]), values + brightness)
-        if contrast_first:
-            image = recolour(image, values * contrast)
+        values, before = np.arange(256.0), contrast if contrast_first else 1
+        image = recolour(v2.functional.to_pil_image(sample["image"]),
+                         (values + brightness).clip(0, 255) * before)
         if apply[2:].any():
             h, s, v = image.convert("HSV").split()              # all in 0..255, hue too
             h, s = recolour(h, (values + hue).round() % 256), recolour(s, values * saturation)
             image = Image.merge("HSV", (h, s, v)).convert("RGB")
-        if not contrast_first:
+        if apply[1] and not contrast_first:
             image = recolour(image, values * contrast)
         return sample | {"image": v2.functional.to_image(image)}
 
@@ -321,24 +319,30 @@ def find_objects(task, sample, things):
     Reads from the sample, the first `things` classes being things and the rest stuff,
     semantic: "semantic" uint8 [H, W] of classes; a mask for each class present, none for IGNORE.
     panoptic: "panoptic" int [H, W] of segment ids, 0 = void, and "segments" int64 [S, 3] of id,
-              class, iscrowd; a mask for each segment.
+              class, iscrowd; a mask for each segment that has a pixel (left).
     instance: "masks" [N, H, W], which may overlap, "classes" int64 [N], "iscrowd" [N]; without
               them the things of the panoptic map: one map is faster to augment than N masks.
     """
     sample = {k: v.as_subclass(torch.Tensor) if torch.is_tensor(v) else v
               for k, v in sample.items()}
     if task == "semantic":
-        labels = sample["semantic"].unique()
-        labels = labels[labels != IGNORE]
-        masks = sample["semantic"] == labels[:, None, None]
-        return labels.long(), masks, torch.zeros(len(labels), dtype=torch.bool)
+        labels = torch.bincount(sample["semantic"].flatten())[:IGNORE].nonzero()[:, 0]
+        masks = masks_of(sample["semantic"], labels)
+        return labels, masks, torch.zeros(len(labels), dtype=torch.bool)
     if task == "instance" and "masks" in sample:
         return sample["classes"], sample["masks"].bool(), sample["iscrowd"].bool()
     segments = sample["segments"]
     if task == "instance":
         segments = segments[segments[:, 1] < things]
-    ids, labels, crowd = segments.unbind(1)
-    return labels, sample["panoptic"] == ids[:, None, None], crowd.bool()
+    drawn = torch.bincount(sample["panoptic"].flatten()).nonzero()
+    ids, labels, crowd = segments[torch.isin(segments[:, 0], drawn)].unbind(1)
+    return labels, masks_of(sample["panoptic"], ids), crowd.bool()
+
+
+def masks_of(values, ids):
+    """Where a map [H, W] holds each of ids [N]: bool [N, H, W]. numpy compares ten times faster."""
+    values = values.numpy()
+    return torch.from_numpy(values == ids.numpy().astype(values.dtype)[:, None, None])
 
 
 class Segmentation:
@@ -370,7 +374,7 @@ class Segmentation:
             sample = self.transform(sample)
         task = self.tasks[(epoch + index) % len(self.tasks)]
         labels, masks, crowd = find_objects(task, sample, self.things)
-        keep = masks.flatten(1).any(1) & ~crowd
+        keep = torch.from_numpy(masks.numpy().any((1, 2))) & ~crowd
         return {"image": sample["image"], "task": task, "labels": labels[keep],
                 "masks": masks[keep]}
 

@@ -1,6 +1,7 @@
 """
 One file -> one array. Whatever is wrong with a file ends in an InputError that names it.
 """
+import contextlib
 import json
 import os
 import sys
@@ -30,52 +31,12 @@ def refuse(message, on_error):
         print(f"skipped: {message}", file=sys.stderr, flush=True)
 
 
-def read_image(path, upright=True, shrink=None):
-    """Any photo -> uint8 [3, H, W], its channels side by side in memory, as PIL has them and as
-    torchvision resizes fastest.
-
-    Grey, palette, CMYK and alpha become RGB, 16 bits become 8, EXIF rotation is applied if
-    `upright`. shrink: a function of the upright (H, W) that tells how many times smaller will do; a
-    JPEG is then decoded at 1/2, 1/4 or 1/8, in a fraction of the time.
-    A file that cannot be read in full raises InputError with its name.
-    """
+@contextlib.contextmanager
+def opened(path):
+    """PIL image of a file, pixels not read yet; whatever is wrong with it ends in an InputError."""
     try:
         with Image.open(path) as image:
-            if shrink:
-                turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-                factor = shrink(*(image.size if turned else image.size[::-1]))
-                image.draft(None, tuple(max(1, int(n / factor)) for n in image.size))
-            if upright:
-                ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):                  # 16 bit: PIL's convert would clip
-                wide = np.asarray(image).astype(np.int64)
-                if wide.min() < 0 or wide.max() > 65535:
-                    raise InputError(f"{path}: 32-bit image; save it with 8 or 16 bits per channel")
-                deep = image.mode != "I" or wide.max() > 255
-                image = Image.fromarray((wide // (257 if deep else 1)).astype(np.uint8))
-            elif image.mode == "F":
-                raise InputError(f"{path}: floating-point image; save it with 8 or 16 bits")
-            elif image.mode == "P" and "transparency" in image.info:
-                image = image.convert("RGBA")               # else PIL warns on every such file
-            array = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    except Image.DecompressionBombError:
-        raise InputError(f"{path}: too many pixels ({Image.MAX_IMAGE_PIXELS} is the limit); "
-                         "shrink or remove it") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{path}: not a readable image ({error}); replace or remove it") from None
-    return torch.from_numpy(array).permute(2, 0, 1)
-
-
-def read_pixels(path, modes, what):
-    """A PNG whose values mean something -> array as stored, no EXIF, no conversion.
-
-    modes: PIL's modes that can hold it; what: its name in the error for all others.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in modes:
-                raise InputError(f"{path}: {what} (this one has mode {image.mode})")
-            return np.array(image)
+            yield image
     except Image.DecompressionBombError:
         raise InputError(f"{path}: too many pixels ({Image.MAX_IMAGE_PIXELS} is the limit); "
                          "shrink or remove it") from None
@@ -83,6 +44,65 @@ def read_pixels(path, modes, what):
         raise InputError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{path}: not a readable image ({error}); replace or remove it") from None
+
+
+def to_tensor(image, path):
+    """PIL image of any kind -> uint8 [3, H, W], the channels of a pixel side by side in memory, as
+    PIL has them and as torchvision resizes fastest. Grey, palette, CMYK and alpha become RGB, 16
+    bits become 8."""
+    if image.mode.startswith("I"):                          # 16 bit: PIL's convert would clip
+        wide = np.asarray(image).astype(np.int64)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise InputError(f"{path}: 32-bit image; save it with 8 or 16 bits per channel")
+        deep = image.mode != "I" or wide.max() > 255
+        image = Image.fromarray((wide // (257 if deep else 1)).astype(np.uint8))
+    elif image.mode == "F":
+        raise InputError(f"{path}: floating-point image; save it with 8 or 16 bits")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")                       # else PIL warns on every such file
+    array = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def read_image(path, upright=True):
+    """Any photo -> uint8 [3, H, W], as to_tensor; EXIF rotation is applied if `upright`. A file
+    that cannot be read in full raises InputError with its name."""
+    with opened(path) as image:
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_tensor(image, path)
+
+
+def read_view(path, choose, size):
+    """The photo, upright and no larger than needed, and the view of it that choose(H, W) -> (top,
+    left, height, width) asks for, in its pixels.
+
+    A JPEG comes out at 1/2, 1/4 or 1/8, in a fraction of the time, so long as the view keeps `size`
+    pixels a side.
+    """
+    with opened(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        height, width = image.size if turned else image.size[::-1]
+        top, left, h, w = choose(height, width)
+        factor = max(1, min(h, w) / size)
+        image.draft(None, tuple(max(1, int(n / factor)) for n in image.size))
+        ImageOps.exif_transpose(image, in_place=True)
+        photo = to_tensor(image, path)
+    y, x = photo.shape[1] / height, photo.shape[2] / width
+    top, bottom, left, right = round(top * y), round((top + h) * y), round(left * x), round(
+        (left + w) * x)
+    return photo, (top, left, bottom - top, right - left)
+
+
+def read_pixels(path, modes, what):
+    """A PNG whose values mean something -> array as stored, no EXIF, no conversion.
+
+    modes: PIL's modes that can hold it; what: its name in the error for all others.
+    """
+    with opened(path) as image:
+        if image.mode not in modes:
+            raise InputError(f"{path}: {what} (this one has mode {image.mode})")
+        return np.array(image)
 
 
 def read_labels(path):
@@ -94,16 +114,21 @@ def read_labels(path):
 def read_depth(path, scale):
     """A 16-bit PNG -> float32 [H, W], value / scale = metres, 0 = no measurement."""
     what = "depth must have 16 bits and one channel, whole numbers of 1 / --depth-scale metres"
-    values = read_pixels(path, ("I", "I;16", "I;16B"), what).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
+    values = read_pixels(path, ("I", "I;16", "I;16B"), what)
+    if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 65535):
         raise InputError(f"{path}: {what}")
-    return (values / scale).astype(np.float32)
+    return values.astype(np.float32) / np.float32(scale)
 
 
-def read_colours(path):
-    """An RGB PNG whose channels are numbers (alpha is dropped) -> int32 [H, W, 3]."""
-    array = read_pixels(path, ("RGB", "RGBA"), "expected the three channels of an RGB PNG")
-    return array[..., :3].astype(np.int32)
+def read_numbers(path):
+    """An RGB PNG whose channels are digits (alpha is dropped) -> R + 256 G + 65536 B int32 [H, W].
+    """
+    with opened(path) as image:
+        if image.mode not in ("RGB", "RGBA"):
+            raise InputError(f"{path}: expected the three channels of an RGB PNG (this one has "
+                             f"mode {image.mode})")
+        four = np.array(image.convert("RGBA"))              # [H, W, 4]: four bytes, one number
+    return four.view("<i4")[..., 0] & 0xFFFFFF
 
 
 def read_json(path, lists):

@@ -28,9 +28,9 @@ from files import (
     Source,
     hold_out,
     list_images,
-    read_colours,
     read_depth,
     read_labels,
+    read_numbers,
     refuse,
 )
 
@@ -187,16 +187,17 @@ def open_ade_instances(root, keys, on_error):
 def read_ade_instances(order, things, keys, record):
     """Stuff from the label map, then every instance over it, as in Mask2Former's conversion."""
     labels, size = read_semantic(1, None, len(order), record)
-    coloured = read_colours(record["instances"])
-    if coloured.shape[:2] != size:
+    digits = read_numbers(record["instances"])
+    kind, number = digits & 255, digits >> 8 & 255          # class from 1, number of the instance
+    if digits.shape != size:
         raise InputError(f"{record['instances']}: another size than {record['label']}")
     rank = np.full(256, IGNORE)
     rank[order] = np.arange(len(order))
     semantic = rank[labels["semantic"]]                     # [H, W] in the new order
-    pairs = coloured[..., 0] * 256 + coloured[..., 1]       # class from 1, number of the instance
-    if coloured[..., 0].max() > things:
-        raise InputError(f"{record['instances']}: instance class {coloured[..., 0].max()}, but the "
-                         f"classes are 1 to {things}")
+    pairs = kind * 256 + number
+    if kind.max() > things:
+        raise InputError(f"{record['instances']}: instance class {kind.max()}, but the classes are "
+                         f"1 to {things}")
     stuff = (semantic >= things) & (semantic != IGNORE)
     region = np.where(pairs >= 256, pairs, np.where(stuff, (semantic + 1) << 16, 0))
     values, number = np.unique(region, return_inverse=True)
