@@ -20,12 +20,6 @@ def save_picture(rows, path, room=480):
     picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST).save(path)
 
 
-def beside(image, size, *pictures):
-    """The photo [3, H, W] scaled to size (H0, W0), then pictures [3, H0, W0]: [3, H0, n W0]."""
-    image = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
-    return torch.cat([image.round().clamp(0, 255).byte(), *pictures], 2)
-
-
 def palette(count=256):
     """Distinct colours for labels, uint8 [count, 3]; the ignore label is black."""
     step = np.arange(count)[:, None] * np.array([0.618034, 0.381966, 0.236068]) + [0, 0.33, 0.67]

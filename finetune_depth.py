@@ -121,9 +121,9 @@ def evaluate(model, dataset, args, state, path=None):
             metric.update(guess.numpy(), truth.numpy(), graded(truth.shape, args))
             if len(rows) < 8:
                 low, high = draw.depth_range(truth)         # one scale for truth and prediction
-                rows.append(draw.beside(image[:, :size[0], :size[1]], truth.shape,
-                                        draw.depth_map(truth, low, high),
-                                        draw.depth_map(guess, low, high)))
+                rows.append(torch.cat([image[:, :size[0], :size[1]],
+                                       draw.depth_map(truth, low, high),
+                                       draw.depth_map(guess, low, high)], 2))
     model.train()
     if path and state.rank == 0:
         draw.save_picture(rows, path)

@@ -75,22 +75,20 @@ def evaluate(model, dataset, args, state, path=None):
                                                    args, state):
         originals = [t["size"].tolist() for t in targets]
         found = predict(model, images, layout, originals, state)
-        for image, (h, w), truth, guess in zip(images, layout.sizes.tolist(), targets, found):
+        for truth, guess in zip(targets, found):
             truth["labels"] = truth.pop("classes")
             metric.update(truth["index"].item(), {k: v.numpy() for k, v in guess.items()},
                           {k: truth[k].numpy() for k in truth.keys() - {"index", "size"}})
             if len(rows) < 8:
-                rows.append(drawn(image[:, :h, :w], truth, guess))
+                rows.append(drawn(dataset.source[truth["index"]]["image"], truth, guess))
     model.train()
     if path and state.rank == 0:
         draw.save_picture(rows, path)
     return state.merged(metric).result()
 
 
-def drawn(image, truth, guess, threshold=0.3):
+def drawn(photo, truth, guess, threshold=0.3):
     """Photo with the true boxes beside the photo with those predicted above the threshold."""
-    size = truth["size"].tolist()
-    photo = draw.beside(image, size)
     sure = guess["scores"] > threshold
     return torch.cat([draw.boxed(photo, truth["boxes"], truth["labels"]),
                       draw.boxed(photo, guess["boxes"][sure], guess["labels"][sure])], 2)

@@ -152,16 +152,16 @@ def evaluate(model, dataset, args, state, path=None):
     batches = training.share(len(dataset), args, state)
     for images, layout, truths in training.loader(dataset, batches, collate, model.glid.config,
                                                   args, state):
-        sizes = layout.sizes.tolist()
         found = predict(model, images, layout, [t["original"] for t in truths], args,
                         dataset.things, state)
-        for image, size, truth, answers in zip(images, sizes, truths, found):
+        for truth, answers in zip(truths, found):
             for task in args.tasks:
                 grade(task, metrics[task], answers[task], truth, dataset.things)
             if len(rows) < 8:
                 shown = [picture for task in args.tasks for picture in
                          pictures(task, answers[task], truth, dataset.things)]
-                rows.append(draw.beside(image[:, :size[0], :size[1]], truth["original"], *shown))
+                photo = dataset.source[truth["index"]]["image"]     # as it was before any scaling
+                rows.append(torch.cat([photo, *shown], 2))
     model.train()
     if path and state.rank == 0:
         draw.save_picture(rows, path)
