@@ -1503,6 +1503,30 @@ def test_true_boxes_from_the_network_score_one():
         assert result["AP"] == result["AR100"] == 1.0 and net.training
 
 
+def test_boxes_stay_those_of_their_masks():
+    """Whatever a transform does, the boxes that come out are the boxes of the masks that do."""
+    count, ys, xs = 0, torch.arange(120)[:, None], torch.arange(150)
+    for make, i in itertools.product((data.detection_transform, data.segmentation_transform),
+                                     range(20)):
+        with data.seeded(i):
+            corner, extent = torch.randint(60, (5, 2)), torch.randint(10, 60, (5, 2))
+            boxes = torch.cat([corner, corner + extent], 1)
+            x1, y1, x2, y2 = boxes[:, :, None, None].unbind(1)
+            masks = (xs >= x1) & (xs < x2) & (ys >= y1) & (ys < y2)
+            out = make(i % 2 == 0, 128)({
+                "image": data.tv_tensors.Image(torch.zeros(3, 120, 150, dtype=torch.uint8)),
+                "masks": data.tv_tensors.Mask(masks), "boxes": data.tv_tensors.BoundingBoxes(
+                    boxes.float(), format="XYXY", canvas_size=(120, 150))})
+        assert out["image"].shape[1:] == out["masks"].shape[1:]
+        for box, mask in zip(out["boxes"], out["masks"]):
+            if mask.any():
+                x1, y1, x2, y2 = torchvision.ops.masks_to_boxes(mask[None])[0].tolist()
+                error = (box - torch.tensor([x1, y1, x2 + 1, y2 + 1])).abs().max()
+                assert error <= 3, (make.__name__, i, box, error)   # nearest pixels, enlarged twice
+                count += 1
+    assert count > 150
+
+
 def test_detection_augmentation_is_detrs():
     """Sizes, crops and flips, read off ramps of brightness in a photo of 160 x 160 at 160 px, where
     DETR's 480..800, 400..600 and 384..600 px are 96..160, 80..120 and 76..120."""
