@@ -155,7 +155,7 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     path = Path(args.out, "samples", f"{step:06d}.png")
     errors = evaluate(model, val, args, state, path)
     log.write(step=step, **errors)
-    is_best = best is None or errors["REL"] < best["REL"]
+    is_best = best is None or not errors["REL"] > best["REL"]          # the first one even if NaN
     best = errors if is_best else best
     checkpoints.keep(args, model, optimizer, state, step, best, is_best)
     return best

@@ -107,8 +107,9 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     path = Path(args.out, "samples", f"{step:06d}.png")
     result = evaluate(model, val, args, state, path)
     log.write(step=step, **{k: result[k] for k in HEADLINE})
-    best = result["AP"] if best is None else max(best, result["AP"])
-    checkpoints.keep(args, model, optimizer, state, step, best, is_best=result["AP"] == best,
+    is_best = best is None or not result["AP"] < best                  # the first one even if NaN
+    best = result["AP"] if is_best else best
+    checkpoints.keep(args, model, optimizer, state, step, best, is_best,
                      classes=list(val.classes), category_ids=list(val.source.category_ids))
     return best
 

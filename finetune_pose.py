@@ -141,8 +141,9 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     """Evaluate, draw, save. Returns the best AP so far."""
     result = evaluate(model, val, args, state, Path(args.out, "samples", f"{step:06d}.png"))
     log.write(step=step, **result)
-    best = result["AP"] if best is None else max(best, result["AP"])
-    checkpoints.keep(args, model, optimizer, state, step, best, is_best=result["AP"] == best)
+    is_best = best is None or not result["AP"] < best                  # the first one even if NaN
+    best = result["AP"] if is_best else best
+    checkpoints.keep(args, model, optimizer, state, step, best, is_best)
     return best
 
 

@@ -198,11 +198,10 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     results = evaluate(model, val, args, state, Path(args.out, "samples", f"{step:06d}.png"))
     log.write(step=step, **results)
     found = main_metrics(results)
-    is_best = best is None or sum(found.values()) >= sum(best.values())
+    is_best = best is None or not sum(found.values()) < sum(best.values())     # first: even if NaN
     best = found if is_best else best
-    checkpoints.keep(args, model, optimizer, state, step, best, is_best=is_best,
-                     classes=list(val.classes), things=val.things,
-                     category_ids=list(val.source.category_ids))
+    checkpoints.keep(args, model, optimizer, state, step, best, is_best, classes=list(val.classes),
+                     things=val.things, category_ids=list(val.source.category_ids))
     return best
 
 

@@ -102,10 +102,11 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     """End of an epoch: validate, draw, save. Returns the best validation error so far."""
     loss = evaluate(model, val, args, state)
     log.write(step=step, val_loss=loss)
-    best = loss if best is None else min(best, loss)
+    is_best = best is None or not loss > best
+    best = loss if is_best else best
     if state.rank == 0:
         picture(model, val, Path(args.out, "samples", f"{step:06d}.png"), state)
-    checkpoints.keep(args, model, optimizer, state, step, best, is_best=loss == best)
+    checkpoints.keep(args, model, optimizer, state, step, best, is_best)
     return best
 
 

@@ -3505,6 +3505,30 @@ def evaluate_all(at):
         script.main(args)
 
 
+def test_the_first_checkpoint_is_kept_whatever_its_metric():
+    """best.pt is written even if the first metric is NaN, and is replaced by the first number."""
+    values = {"AP": 0.5, "mIoU": 0.5, "REL": 0.5}
+    with folder() as at, quiet():
+        for script in (*FINETUNING, pretrain):
+            class Val:
+                classes, things, source = (), 0, argparse.Namespace(category_ids=())
+            kept, best = [], None
+            before = script.evaluate, checkpoints.keep
+            checkpoints.keep = lambda *a, kept=kept, **k: kept.append(a[6])
+            try:
+                for factor in (math.nan, 1, 2, 1):
+                    found = {k: v * factor for k, v in values.items()}
+                    found |= dict.fromkeys(getattr(script, "HEADLINE", ()), found["AP"])
+                    script.evaluate = lambda *a, f=found, s=script: f["REL"] if s is pretrain else f
+                    state = argparse.Namespace(rank=1)
+                    best = script.conclude(None, Val, argparse.Namespace(out=at), state, 1, best,
+                                           None, training.Log(argparse.Namespace(out=at), state, 0))
+            finally:
+                script.evaluate, checkpoints.keep = before
+            lower = script in (finetune_depth, pretrain)            # errors: less is better
+            assert kept == [True, True, not lower, lower], (script.__name__, kept)
+
+
 def test_two_processes_evaluate_as_one():
     """What --eval prints of 7 images on 2 processes, which 7 does not divide, it prints on one:
     all metrics, and the number of images."""

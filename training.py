@@ -218,7 +218,8 @@ def start(args):
         raise InputError(f"--out {args.out}: holds a run already; --resume continues it, another "
                          "--out starts a new one")
     try:
-        Path(args.out, "samples").mkdir(parents=True, exist_ok=True)
+        if not args.eval:                                   # a mistyped --out makes no folder
+            Path(args.out, "samples").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {args.out}: cannot be written ({error.strerror})") from None
     return state
