@@ -15,10 +15,13 @@ run() {                                         # run NAME SCRIPT FLAGS...
     name=$1 script=$2
     shift 2
     case " $wanted " in *" all "* | *" $name "*) ;; *) return ;; esac
-    for start in scratch pretrained; do
-        init=
-        [ $start = scratch ] || init="--init $out/pretrain/best.pt"
-        python "$script" --preset tiny --out "$out/$name/$start" $init "$@"
+    for start in untrained scratch pretrained; do
+        case $start in
+            untrained) more="--steps 1" ;;
+            scratch) more= ;;
+            pretrained) more="--init $out/pretrain/best.pt" ;;
+        esac
+        python "$script" --preset tiny --out "$out/$name/$start" "$@" $more
         sed "s/^{/{\"task\": \"$name\", \"start\": \"$start\", /" "$out/$name/$start/log.jsonl"
     done > "results/real-$name.jsonl"
 }
@@ -34,11 +37,11 @@ for split in train test; do
         ln -sf "$(realpath "$map")" "$labels/labels/$split/$number.png"
     done
 done
-run detection finetune_det.py --data "$data/coco" --size 160 --steps 800 --eval-every 400 \
-    --queries 60 --many-queries 120
+run detection finetune_det.py --data "$data/coco" --size 128 --queries 60 --many-queries 120 \
+    --steps 800 --eval-every 400
 run instance finetune_seg.py --tasks instance --data "$data/coco" --size 128 --queries 64
 run panoptic finetune_seg.py --tasks panoptic --data "$data/coco" --size 128 --queries 64
 run semantic finetune_seg.py --data "$data/ADEChallengeData2016" --size 128 --queries 64
 run semantic-nyu finetune_seg.py --data $labels --ignore-label 39 --size 128 --queries 64
-run depth finetune_depth.py --data "$data/nyu" --crop 192 256 --batch-size 4
+run depth finetune_depth.py --data "$data/nyu" --crop 192 256 --batch-size 4 --eval-every 320
 run pose finetune_pose.py --data "$data/coco" --size 96 64
