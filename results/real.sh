@@ -22,6 +22,8 @@ run() {                                         # run NAME SCRIPT FLAGS...
             pretrained) more="--init $out/pretrain/best.pt" ;;
         esac
         python "$script" --preset tiny --out "$out/$name/$start" "$@" $more
+    done
+    for start in untrained scratch pretrained; do
         sed "s/^{/{\"task\": \"$name\", \"start\": \"$start\", /" "$out/$name/$start/log.jsonl"
     done > "results/real-$name.jsonl"
 }
