@@ -302,14 +302,33 @@ def recolour(image, values):
     return image.point(table.astype(int).ravel().tolist())
 
 
+class ScaleToShortest:
+    """v2.RandomShortestSize for photos with masks: torchvision's own takes the nearest pixel of a
+    mask from its corner, half a pixel off the photo; here from its centre."""
+
+    def __init__(self, sizes, longest):
+        self.random_size = v2.RandomShortestSize(sizes, max_size=longest)
+
+    def __call__(self, sample):
+        size, resize = self.random_size.make_params([sample["image"]])["size"], v2.functional.resize
+        sample = dict(sample)
+        for key, value in sample.items():
+            if isinstance(value, tv_tensors.Mask):
+                stack = value.as_subclass(torch.Tensor).view(-1, 1, *value.shape[-2:])
+                stack = resize(stack, size, InterpolationMode.NEAREST_EXACT)
+                sample[key] = tv_tensors.Mask(stack.view(*value.shape[:-2], *size))
+            elif isinstance(value, tv_tensors.TVTensor):
+                sample[key] = resize(value, size, antialias=True)
+        return sample
+
+
 def segmentation_transform(train, size):
     """Mask2Former's recipe for ADE20K: scale 0.5..2, crop, SSD's colour jitter, flip; at test the
     shortest edge becomes `size`, the longest at most 4 times that."""
     if not train:
         return v2.RandomShortestSize([size], max_size=4 * size, antialias=True)
     scales = [int(size * s / 10) for s in range(5, 21)]
-    return v2.Compose([v2.RandomShortestSize(scales, max_size=4 * size, antialias=True),
-                       CropToFit(size, size), ColourJitter(),
+    return v2.Compose([ScaleToShortest(scales, 4 * size), CropToFit(size, size), ColourJitter(),
                        v2.RandomHorizontalFlip()])
 
 

@@ -1503,6 +1503,28 @@ def test_true_boxes_from_the_network_score_one():
         assert result["AP"] == result["AR100"] == 1.0 and net.training
 
 
+def test_masks_are_scaled_about_their_pixels_centres():
+    """A disc and its mask keep one centre at every scale (torchvision's nearest: 0.5 off)."""
+    y, x = torch.meshgrid(torch.arange(103.0), torch.arange(157.0), indexing="ij")
+    disc = ((y - 50) ** 2 + (x - 70) ** 2 < 40 ** 2)
+    for size in (29, 64, 77, 190):
+        out = data.ScaleToShortest([size], 1000)({
+            "image": data.tv_tensors.Image((disc * 255).byte().expand(3, -1, -1)),
+            "semantic": data.tv_tensors.Mask(disc.byte()), "depth": "kept",
+            "masks": data.tv_tensors.Mask(torch.stack([disc, ~disc, disc])),
+            "panoptic": data.tv_tensors.Mask(disc.int() * 70000)})
+        assert out["masks"].dtype == torch.bool and out["depth"] == "kept"
+        assert torch.equal(out["masks"][0], out["semantic"].bool())
+        assert torch.equal(out["masks"][0] * 70000, out["panoptic"]) and out["panoptic"].amax() > 0
+        assert torch.equal(out["masks"][0], ~out["masks"][1])
+        assert out["image"].shape[1:] == out["masks"].shape[1:]
+        shape = out["semantic"].shape
+        grid = torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
+        weights = out["image"][0].double(), out["semantic"].double()
+        centres = [(grid * w).sum((1, 2)) / w.sum() for w in weights]
+        assert (centres[0] - centres[1]).abs().max() < 0.2, (size, centres)
+
+
 def test_boxes_stay_those_of_their_masks():
     """Whatever a transform does, the boxes that come out are the boxes of the masks that do."""
     count, ys, xs = 0, torch.arange(120)[:, None], torch.arange(150)
