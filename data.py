@@ -601,9 +601,10 @@ class Pose:
     Training: (epoch, person) -> dict for collate(): image uint8 [3, H, W], joints float [17, 2]
     in crop px (see pose.py), labelled bool [17]. Persons that are no crowd and have a joint.
     Test: (epoch, photo) -> dict of all its persons, so that doubles can be told: images uint8
-    [P, 3, H, W], back [P, 2, 3] from crop to photo, area [P] of the views, scores [P] of the
-    boxes, truth for AveragePrecision, id, index. The boxes are the true ones, score 1, or
-    `boxes`, from read_boxes. ViTPose tests with a detector's: with true ones AP is higher.
+    [P, 3, H, W], back [P, 2, 3] from crop to the photo's pixels as annotations count them, area [P]
+    of the views, scores [P] of the boxes, truth for AveragePrecision, id, index. The boxes are the
+    true ones, score 1, or `boxes`, from read_boxes. ViTPose tests with a detector's: with true ones
+    AP is higher.
     """
 
     def __init__(self, source, train, size, seed, augment=(0.5, 40.0), boxes=None):
@@ -626,6 +627,7 @@ class Pose:
         """A training sample: the crop of one person, augmented."""
         i, k = self.people[index]
         box, keypoints = (self.truths[i][name][k] for name in ("boxes", "keypoints"))
+        keypoints = keypoints + (pose.PIXEL, pose.PIXEL, 0)
         if self.augment:
             with seeded(self.seed, epoch, index):
                 centre, size, degrees, mirrored = pose.random_view(box, keypoints, *self.size,
@@ -649,7 +651,7 @@ class Pose:
             centre, size = pose.fit_box(box, *self.size)
             matrix = pose.affine(centre, size, *self.size)
             crops.append(pose.warp(image, matrix, *self.size)[None])
-            back.append(pose.inverse(matrix))
+            back.append(pose.inverse(matrix) - [[0, 0, pose.PIXEL]] * 2)
             area.append(size.prod())
         return {"images": torch.cat(crops), "back": np.array(back).reshape(-1, 2, 3),
                 "area": np.array(area), "scores": scores, "index": index,

@@ -174,9 +174,9 @@ class Source:
     arrays and the (H, W) they are made for. classes: names of the labels 0..K-1, the first `things`
     of them things; category_ids: what the files call them.
     Labels, as far as asked for: boxes [N, 4] x1 y1 x2 y2, classes int64 [N], iscrowd bool [N], area
-    [N] as the file says, keypoints [N, 17, 3] x y v, masks uint8 [N, H, W]; semantic uint8 [H, W],
-    IGNORE = no class; panoptic [H, W] of segment ids, 0 = void, segments int64 [S, 3] of id, class,
-    crowd; depth float [H, W] metres, 0 = not measured.
+    [N] as the file says, keypoints [N, 17, 3] x y v (the centre of pixel i at i), masks uint8 [N,
+    H, W]; semantic uint8 [H, W], IGNORE = no class; panoptic [H, W] of segment ids, 0 = void,
+    segments int64 [S, 3] of id, class, crowd; depth float [H, W] metres, 0 = not measured.
     """
 
     def __init__(self, records, read, classes=(), things=0, category_ids=(), kinect_frame=False):

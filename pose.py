@@ -4,7 +4,8 @@ Between a person's box in a photo and the person's joints in the photo: top-down
     box -> view (centre, size, angle) -> affine map -> crop -> [network] -> heatmaps -> joints
 
 Two kinds of coordinates, both (x, y) in px, both float:
-    photo  as boxes: pixel i covers [i, i + 1), its centre is at i + 0.5
+    photo  as boxes: pixel i covers [i, i + 1), its centre is at i + 0.5. COCO's joints, which were
+           clicked, count pixels: centre at i (PIXEL is the difference)
     crop   the centre of pixel i is at i, and a length is counted in intervals (W - 1), not pixels:
            "unbiased data processing" (UDP, Huang et al. 2020). The box's left edge is the centre of
            the crop's first column, its right edge that of the last, and a heatmap's corner pixels
@@ -22,6 +23,7 @@ from metrics import OKS_SIGMAS, keypoint_overlaps
 from toyworld import FLIP
 
 PADDING = 1.25                      # room around the box
+PIXEL = 0.5                         # photo coordinates = joint of an annotation + PIXEL
 UPPER, LOWER = np.arange(17) < 11, np.arange(17) >= 11      # nose to wrists, hips to ankles
 
 # -----------------------------------------------------------------------------

@@ -2590,10 +2590,12 @@ def test_pose_samples():
                         classes=torch.tensor([0, 0, 3, 0]), area=torch.full((4,), 900.0),
                         iscrowd=torch.tensor([False, False, False, True]))
         def __getitem__(self, i):
-            return self.labels(i) | {"image": dots([(100, 80)])}
+            return self.labels(i) | {"image": dots([(100.5, 80.5)])}     # centre of pixel 100, 80
     train, val = (data.Pose(Source(), t, (64, 48), 3) for t in (True, False))
     assert train.people == [(0, 0), (1, 0)] and val.counts == [2, 2] and len(train) == 2
     photo = val[(0, 1)]
+    at = pose.move(photo["back"][0], centroid(photo["images"][0])[None])[0]
+    assert np.abs(at - [100, 80]).max() < 0.2               # an answer counts pixels as the truth
     assert photo["id"] == 42 and photo["truth"]["iscrowd"].tolist() == [False, False, True]
     assert photo["images"].shape == (2, 3, 64, 48) and photo["truth"]["labels"].tolist() == [0] * 3
     names = set()

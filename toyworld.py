@@ -246,8 +246,8 @@ def scene(seed, index, size):
     stuff class c -> 1000 + c); segments int64 [P, 3] (id in panoptic, class, 0 = no crowd); depth
     float32 [S, S] in metres, 0 = sky. N objects, nearest first: classes int64 [N]; boxes float32
     [N, 4] xyxy pixels, right and bottom exclusive; masks bool [N, S, S], visible part, disjoint;
-    area float32 [N], its pixels; keypoints float32 [N, 17, 3] (x, y in pixels, v = 2 visible, 1
-    hidden, 0 outside; all 0 for what is no person).
+    area float32 [N], its pixels; keypoints float32 [N, 17, 3] (x, y in pixels, the centre of pixel
+    i at i as in COCO, v = 2 visible, 1 hidden, 0 outside; all 0 for what is no person).
     """
     rng = np.random.default_rng([seed, index])
     w = layout(rng)
@@ -301,6 +301,7 @@ def annotate(w, objects, owner, semantic, size):
             p *= ((p[:, :2] >= 0) & (p[:, :2] < size)).all(1, keepdims=True)
             top = owner[p[:, 1].astype(int), p[:, 0].astype(int)]
             p[:, 2] = np.minimum(p[:, 2], np.where((top >= 0) & (top < k), 1, 2))  # a nearer object
+            p[:, :2] -= 0.5 * (p[:, 2:] > 0)  # from coordinates whose pixel 0 covers 0 to 1
             keypoints[k] = p
     segments = [(k + 1, c, 0) for k, c in enumerate(classes.tolist())]
     segments += [(1000 + c, c, 0) for c in np.unique(semantic[owner < 0]).tolist()]
