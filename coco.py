@@ -10,7 +10,17 @@ from pathlib import Path
 import numpy as np
 
 import cocomask
-from files import IGNORE, SPLITS, InputError, Source, hold_out, read_json, read_numbers, refuse
+from files import (
+    IGNORE,
+    SPLITS,
+    InputError,
+    Source,
+    hold_out,
+    limit_classes,
+    read_json,
+    read_numbers,
+    refuse,
+)
 
 # what an entry raises that is not as it should be
 BAD = (KeyError, TypeError, ValueError, OverflowError, AttributeError)
@@ -26,14 +36,15 @@ def require(condition, reason):
         raise ValueError(reason)
 
 
-def numbers(values, count=None):
-    """A list of finite numbers -> float64 array; raises ValueError for all else, strings too."""
+def numbers(values, count=None, limit=1e6):
+    """A list of numbers up to +-limit (of pixels) -> float64 array; raises ValueError for all else,
+    strings too."""
     if not isinstance(values, list) or not {*map(type, values)} <= {int, float} \
             or count not in (None, len(values)):
         raise ValueError(f"{str(values)[:60]} is no list of {count or ''} numbers")
     array = np.array(values, np.float64)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{str(values)[:60]} is not finite")
+    if not (np.abs(array) <= limit).all():                  # NaN neither
+        raise ValueError(f"{str(values)[:60]} is not finite or beyond {limit:.0g}")
     return array
 
 
@@ -110,7 +121,7 @@ def parse_object(entry, kind, masks):
     A missing iscrowd means 0, a missing area that of the box."""
     x, y, w, h = numbers(entry["bbox"], 4).tolist()
     require(w >= 0 and h >= 0, f"its box {entry['bbox']} has a negative side")
-    area, crowd = numbers([entry.get("area", w * h)])[0], entry.get("iscrowd", 0)
+    area, crowd = numbers([entry.get("area", w * h)], limit=1e12)[0], entry.get("iscrowd", 0)
     require(crowd in (0, 1), f"iscrowd is {crowd}, not 0 or 1")
     require(area >= 0, f"its area is {area}")
     joints = shape = None
@@ -190,6 +201,8 @@ def coco_panoptic(root, path, split, kind, keys, on_error, categories=None):
     """panoptic_*.json and the folder of PNGs with its name -> Source."""
     content, maps = read_json(path, LISTS), path.with_suffix("")
     categories = same_categories(path, read_categories(path, content, kind), categories)
+    if "semantic" in keys:
+        limit_classes(path, categories)
     label = {i: k for k, (i, _, _) in enumerate(categories)}
     images, broken = read_images(root, path, content, split, on_error)
     for n, entry in enumerate(content["annotations"]):
@@ -263,7 +276,7 @@ def open_coco(root, word, read, kind, keys, on_error):
     files = []
     for split in ("train", "val"):
         found = [p for place in (root / "annotations", root) for p in sorted(place.glob("*.json"))
-                 if word in p.name and split in p.name]
+                 if word in p.name and split in p.name and p not in files]  # "trainval" once
         if len(found) > 1:
             raise InputError(f"--data {root}: {found[0].name} and {found[1].name} are both there; "
                              "keep one of them")

@@ -13,7 +13,7 @@ def from_runs(counts, height, width):
     """
     runs = np.asarray(decompressed(counts) if isinstance(counts, str | bytes) else counts)
     if runs.ndim != 1 or runs.dtype.kind not in "iu" or (runs < 0).any() \
-            or runs.sum() != height * width:
+            or (runs > height * width).any() or runs.sum() != height * width:
         raise ValueError(f"run lengths do not fill {height} x {width} pixels")
     inside = np.arange(len(runs)) % 2 == 1
     return np.repeat(inside, runs).reshape(width, height).T

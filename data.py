@@ -571,7 +571,7 @@ def read_boxes(path, ids, person):
     """
     try:
         entries = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--boxes {path}: not a readable JSON file "
                          f"({str(error).splitlines()[0]})") from None
     if not isinstance(entries, list):
@@ -581,11 +581,11 @@ def read_boxes(path, ids, person):
         try:
             image, kind = entry["image_id"], entry["category_id"]
             x, y, w, h, score = row = [float(v) for v in (*entry["bbox"], entry["score"])]
-            if not np.isfinite(row).all() or w < 0 or h < 0:
-                raise ValueError("a number is not finite, or a width or height below 0")
+            if not (np.abs(row) < 1e6).all() or w < 0 or h < 0:        # NaN neither
+                raise ValueError("a number is not finite or no pixel, or a side is below 0")
             if kind == person and image in found:
                 found[image].append((x, y, x + w, y + h, score))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"--boxes {path}: entry {n} is no box of COCO's results format "
                              f"({type(error).__name__}: {error}); correct or remove it") from None
     if not any(found.values()):

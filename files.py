@@ -4,12 +4,13 @@ One file -> one array. Whatever is wrong with a file ends in an InputError that 
 import contextlib
 import json
 import os
+import struct
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile
 from torchvision import tv_tensors
 
 IGNORE = 255                                    # label of pixels that belong to no class
@@ -38,12 +39,30 @@ def opened(path):
         with Image.open(path) as image:
             yield image
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: too many pixels ({Image.MAX_IMAGE_PIXELS} is the limit); "
+        raise InputError(f"{path}: too many pixels ({2 * Image.MAX_IMAGE_PIXELS} is the limit); "
                          "shrink or remove it") from None
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error) as error:
         raise InputError(f"{path}: not a readable image ({error}); replace or remove it") from None
+
+
+# EXIF's orientation -> what makes the photo upright; the last four exchange height and width
+TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+                        Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                        Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+                        Image.Transpose.ROTATE_90), 2))
+
+
+def orientation(image):
+    """EXIF's number for how the camera was held, 2 to 8, or 1. PIL turns TIFFs by itself."""
+    found = image.getexif().get(ExifTags.Base.Orientation)
+    return found if found in (2, 3, 4, 5, 6, 7, 8) and image.format != "TIFF" else 1
+
+
+def turned(image, number):
+    """The image as it was meant to be seen, given its orientation."""
+    return image.transpose(TURNS[number]) if number > 1 else image
 
 
 def to_tensor(image, path):
@@ -68,9 +87,7 @@ def read_image(path, upright=True):
     """Any photo -> uint8 [3, H, W], as to_tensor; EXIF rotation is applied if `upright`. A file
     that cannot be read in full raises InputError with its name."""
     with opened(path) as image:
-        if upright:
-            ImageOps.exif_transpose(image, in_place=True)
-        return to_tensor(image, path)
+        return to_tensor(turned(image, orientation(image)) if upright else image, path)
 
 
 def read_view(path, choose, size):
@@ -81,13 +98,12 @@ def read_view(path, choose, size):
     pixels a side.
     """
     with opened(path) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-        height, width = image.size if turned else image.size[::-1]
+        number = orientation(image)
+        height, width = image.size if number > 4 else image.size[::-1]
         top, left, h, w = choose(height, width)
         factor = max(1, min(h, w) / size)
         image.draft(None, tuple(max(1, int(n / factor)) for n in image.size))
-        ImageOps.exif_transpose(image, in_place=True)
-        photo = to_tensor(image, path)
+        photo = to_tensor(turned(image, number), path)
     y, x = photo.shape[1] / height, photo.shape[2] / width
     top, bottom, left, right = round(top * y), round((top + h) * y), round(left * x), round(
         (left + w) * x)
@@ -95,14 +111,16 @@ def read_view(path, choose, size):
 
 
 def read_pixels(path, modes, what):
-    """A PNG whose values mean something -> array as stored, no EXIF, no conversion.
+    """A PNG whose values mean something -> array as stored, no EXIF, no conversion: grey ones of 2
+    and 4 bits too, which PIL stretches to 0..255.
 
     modes: PIL's modes that can hold it; what: its name in the error for all others.
     """
     with opened(path) as image:
         if image.mode not in modes:
             raise InputError(f"{path}: {what} (this one has mode {image.mode})")
-        return np.array(image)
+        stored = image.tile[0][3] if image.tile else ""
+        return np.array(image) // {"L;2": 85, "L;4": 17}.get(stored, 1)
 
 
 def read_labels(path):
@@ -146,8 +164,8 @@ def read_json(path, lists):
     return content
 
 
-def list_images(folder):
-    """All photos below a folder, nested or flat, sorted by path; labels are never needed."""
+def list_images(folder, suffixes=SUFFIXES):
+    """All images below a folder, nested or flat, sorted by path."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"--data {folder}: no such folder")
@@ -161,9 +179,9 @@ def list_images(folder):
             continue
         visited.add(os.path.realpath(root))
         found += [Path(root, name) for name in names
-                  if Path(name).suffix.lower() in SUFFIXES and name[0] != "."]
+                  if Path(name).suffix.lower() in suffixes and name[0] != "."]
     if not found:
-        raise InputError(f"--data {folder}: no photos in it ({' '.join(sorted(SUFFIXES))})")
+        raise InputError(f"--data {folder}: no images in it ({' '.join(sorted(suffixes))})")
     return sorted(found)
 
 
@@ -197,8 +215,12 @@ class Source:
         return {k: torch.from_numpy(v) for k, v in self.read(self.records[index])[0].items()}
 
     def __getitem__(self, index):
-        labels, size = self.read(self.records[index])
-        sample = {"image": tv_tensors.Image(read_photo(self.records[index]["photo"], size))}
+        record = self.records[index]
+        # if a file says the size, it must be true before masks of it are drawn
+        image = read_photo(record["photo"], record["size"]) if "size" in record else None
+        labels, size = self.read(record)
+        image = read_photo(record["photo"], size) if image is None else image
+        sample = {"image": tv_tensors.Image(image)}
         for key, value in labels.items():
             value = torch.from_numpy(value)
             if key == "boxes":
@@ -226,6 +248,12 @@ def read_photo(path, size):
         raise InputError(f"{path}: {size[0]} x {size[1]} pixels, a side more than {LONGEST} times "
                          "the other; crop or remove it")
     return image
+
+
+def limit_classes(path, names):
+    """A label map has 8 bits."""
+    if len(names) > IGNORE:
+        raise InputError(f"{path}: {len(names)} classes; {IGNORE} is the limit of label maps")
 
 
 def hold_out(root, source):

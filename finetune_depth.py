@@ -47,7 +47,8 @@ def flags():
     add("--queries", type=positive, default=64, help="M, the number of bins [paper]")
     add("--min-depth", type=rate, default=1e-3, help="metres: where the first bin begins")
     add("--max-depth", type=rate, default=10.0, help="metres: where the last bin ends")
-    add("--depth-scale", type=rate, default=1000.0, help="values of a depth PNG per metre")
+    add("--depth-scale", type=training.number(float, 1e-3, 1e6), default=1000.0,
+        help="values of a depth PNG per metre")
     add("--eigen-crop", action="store_true", help="grade NYU's usual window of 480 x 640 photos")
     add("--weight-decay", type=training.number(float, 0), default=0.01)
     add("--clip", type=rate, default=35.0, help="gradient norm; BinsFormer's")

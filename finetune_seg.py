@@ -74,9 +74,10 @@ def flags():
     share = training.number(float, 0, 1)
     add("--object-threshold", type=share, default=0.8, help="panoptic: sure enough of its class")
     add("--overlap-threshold", type=share, default=0.8, help="panoptic: owns enough of its mask")
-    add("--first-label", type=training.COUNT, help="in a folder of label PNGs, the value of the "
-        "first class; less is no class (default: 1 in ADE20K's layout, else 0)")
-    add("--ignore-label", type=training.COUNT, help="a value, besides 255, that is no class")
+    label = training.number(int, 0, 65535)
+    add("--first-label", type=label, help="in a folder of label PNGs, the first class's value; "
+        "less is no class (default: 1 in ADE20K's layout, else 0)")
+    add("--ignore-label", type=label, help="a value, besides 255, that is no class")
     parser.set_defaults(batch_size=2, out="out/segmentation", steps=160_000, lr=1e-4,
                         backbone_lr=0.1, drop_path=0.3)
     return parser

@@ -27,6 +27,7 @@ from files import (
     InputError,
     Source,
     hold_out,
+    limit_classes,
     list_images,
     read_depth,
     read_labels,
@@ -69,10 +70,10 @@ def find_pairs(root, photo_words, label_words, on_error):
     found = {}
     for split in ("train", "val", None):
         photos, labels = (split_folder(root, w, split) for w in (photo_words, label_words))
-        if not photos or not labels or (split is None and (found or not any(labels.glob("*.png")))):
+        if not photos or not labels or (split is None and (found or not any(
+                p.suffix.lower() == ".png" for p in labels.iterdir()))):
             continue
-        maps = {p.relative_to(labels).with_suffix(""): p for p in sorted(labels.rglob("*.png"))
-                if p.name[0] != "."}
+        maps = {p.relative_to(labels).with_suffix(""): p for p in list_images(labels, {".png"})}
         records, stems = [], set()
         for path in list_images(photos):
             stem = path.relative_to(photos).with_suffix("")
@@ -135,8 +136,7 @@ def open_masks(root, keys, on_error, ignore_label=None, first_label=None):
     ade = labels == root / "annotations" / "training"       # there 0 means unlabelled
     first = first_label if first_label is not None else int(ade)
     names = class_names(root) or counted_classes(root, records, first, ignore_label, on_error)
-    if len(names) > IGNORE:
-        raise InputError(f"--data {root}: {len(names)} classes; {IGNORE} is the limit")
+    limit_classes(root, names)
     read = partial(read_semantic, first, ignore_label, len(names))
     return both_parts(root, found, read, classes=names,
                       category_ids=range(first, first + len(names)))
@@ -174,6 +174,7 @@ def open_ade_instances(root, keys, on_error):
     except ValueError:
         raise InputError(f"{place}: not a table of instance classes 1, 2, ... and their scene "
                          "parsing classes") from None
+    limit_classes(root, names)
     order = mapping + [k for k in range(len(names)) if k not in mapping]
     for _, records in found.values():
         for r in records:
@@ -229,8 +230,13 @@ def open_lists(root, on_error, scale):
     for found, split in zip(lists, ("train", "test")):
         records = []
         for path in found[:1]:
-            for n, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            text = path.read_text(encoding="utf-8-sig", errors="replace")   # a BOM is no name
+            if not text.strip():
+                raise InputError(f"{path}: not a line in it")
+            for n, line in enumerate(text.splitlines(), 1):
                 words = line.split()
+                if not words:
+                    continue
                 if len(words) < 2:
                     raise InputError(f"{path}: line {n} does not name a photo and a depth map")
                 places = [[root / p / w.lstrip("/") for w in words[:2]]
@@ -281,6 +287,10 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
     for source, part in zip(sources, ("training", "validation")):
         if not len(source):
             raise InputError(f"--data {root}: no usable photo in its {part} part")
+    found = [r["labels"] for r in sources[1].records if "labels" in r]
+    if found and not any((~f["iscrowd"]).any() and f.get("keypoints", np.ones((1, 1, 3)))[..., 2]
+                         .any() for f in found):
+        raise InputError(f"--data {root}: no object, or no joint, in its whole validation part")
     return sources
 
 

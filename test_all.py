@@ -17,6 +17,7 @@ import math
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 
 import checkpoints
 import cocomask
@@ -2948,6 +2949,107 @@ def test_broken_panoptic_files_are_named():
         assert sample["segments"].tolist() == [[1, 1, 0], [2, 0, 0]]        # bench is stuff, last
         assert sample["panoptic"][:, 0].tolist() == [1, 1, 1, 0, 2, 2]
         assert sample["semantic"][:, 0].tolist() == [1, 1, 1, 255, 0, 0]
+
+
+def test_numbers_beyond_all_photos_are_named():
+    """What would overflow, or fill the memory before it fails, is told like any other mistake."""
+    for key, values, words in (
+            ("boxes", dict(bbox=[-1e30, 0, 2e30, 5]), "annotation 1"),
+            ("masks", dict(segmentation=[[1, 1, 1e9, 1, 5, 4]]), "annotation 1"),
+            ("masks", dict(segmentation=dict(counts=[2**62] * 4 + [48], size=[6, 8])), "fill"),
+            ("keypoints", dict(keypoints=[1e300, 2, 2] * 17), "annotation 1")):
+        kind = "person_keypoints" if key == "keypoints" else "instances"
+        with folder() as at, raises(InputError, f"{kind}_train2017.json", words):
+            read_all(little_coco(at, lambda c, v=values: first(c, **v), kind), [key])
+    with folder() as at, raises(InputError, "train2017/0.png", "6 x 8"):
+        read_all(little_coco(at, lambda c: c["images"][0].update(height=10**6, width=10**6)),
+                 ["masks"])
+    with folder() as at:
+        boxes = at / "boxes.json"
+        for text in ("[" * 100_000, '[{"image_id": 0, "category_id": 0, "bbox": [0, 0, 1, 1], '
+                     '"score": ' + "9" * 400 + "}]"):
+            boxes.write_text(text)
+            with raises(InputError, "--boxes"):
+                data.read_boxes(boxes, [0], 0)
+    for script, flag, value in ((finetune_seg, "--first-label", 99999999999),
+                                (finetune_depth, "--depth-scale", 1e-300)):
+        with quiet(), raises(SystemExit, "2"):
+            args_for(script, flag, value)
+
+
+def test_a_validation_part_without_objects_is_refused():
+    """AP of nothing would be -1; "trainval" files are read once."""
+    with folder() as at:
+        little_coco(at)
+        path = at / "annotations/instances_val2017.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"annotations": []}))
+        with raises(InputError, "no object", "validation"):
+            formats.open_folder(at, ["boxes"])
+        path.unlink()
+        train = at / "annotations/instances_train2017.json"
+        content = json.loads(train.read_text())
+        content["annotations"][0]["image_id"] = 1
+        train.unlink()
+        (at / "annotations/instances_trainval2017.json").write_text(json.dumps(content))
+        (at / "train2017").rename(at / "images")
+        train, val = formats.open_folder(at, ["boxes"])
+        assert (train.ids, val.ids) == ([1], [0])
+
+
+def test_label_maps_of_few_bits():
+    """Grey PNGs of 1, 2 and 4 bits hold the classes they say; *.PNG and linked folders are found;
+    more than 255 classes are refused."""
+    with folder() as at:
+        truth = np.arange(12).reshape(3, 4)
+        for bits in (1, 2, 4, 8):
+            stored = truth % 2 ** bits
+            name = at / f"labels/{bits}.PNG"
+            write_png(at / f"images/{bits}.png", np.zeros((3, 4, 3), np.uint8))
+            name.parent.mkdir(exist_ok=True)
+            name.write_bytes(grey_png(stored, bits))
+            assert (files.read_labels(name) == stored).all(), bits
+        (at / "labels").rename(at / "elsewhere")
+        (at / "labels").mkdir()
+        for name in sorted((at / "elsewhere").iterdir()):
+            (at / "labels" / name.name).symlink_to(name)
+        train, val = read_all(at, ["semantic"], first_label=0)
+        assert len(train) == 3 and len(val) == 1
+        (at / "classes.txt").write_text("\n".join(map(str, range(256))))
+        with raises(InputError, "256 classes"):
+            read_all(at, ["semantic"])
+
+
+def grey_png(values, bits):
+    """A grey PNG of so many bits a pixel, which PIL cannot write."""
+    rows = [np.packbits([v >> b & 1 for v in row for b in range(bits - 1, -1, -1)]).tobytes()
+            for row in values.tolist()]
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", *values.shape[::-1], bits, 0, 0, 0, 0)),
+              (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+
+
+def test_odd_orientations():
+    """Every EXIF orientation, in every kind of file that has one, against PIL's own; numbers and
+    types that mean nothing turn nothing."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8)
+    with folder() as at:
+        for suffix, number in itertools.product(("png", "tif", "webp"), range(1, 11)):
+            exif, path = Image.Exif(), at / f"{number}.{suffix}"
+            exif[0x0112] = number
+            how = {"lossless": True} if suffix == "webp" else {}
+            Image.fromarray(pixels).save(path, exif=exif, **how)
+            with Image.open(path) as image:
+                upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            assert (files.read_image(path).permute(1, 2, 0).numpy() == upright).all(), path
+            photo, view = files.read_view(path, lambda h, w: (1, 2, h - 3, w - 5), 4)
+            assert torch.equal(photo, files.read_image(path))
+            assert view == (1, 2, upright.shape[0] - 3, upright.shape[1] - 5), path
+        # a tag of a wrong type
+        exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x07\0\0\0\x01\x06\0\0\0\0\0\0\0"
+        Image.fromarray(pixels).save(at / "odd.jpg", exif=exif)
+        assert files.read_view(at / "odd.jpg", lambda h, w: (0, 0, h, w), 4)[1][2] in (40, 20, 10, 5)
 
 
 def test_odd_coco_files_are_read_right():
