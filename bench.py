@@ -13,9 +13,9 @@ dense encoder's) is 0.27 for the encoder that sees a quarter and 0.37 for the wh
 step; seconds can fall below it, because the dense encoder also spends time on what is not a
 multiply-add.
 
-data: images/s of one core, at the paper's sizes: decode, read the labels, augment. FOLDER holds
-imagenet/, coco/, ADEChallengeData2016/ and nyu/ in the official layouts, or some of them; without
-it, 640 px ToyWorld photos are written to a temporary folder.
+data: images per second of one core's time, at the paper's sizes: decode, read the labels, augment.
+FOLDER holds imagenet/, photos/ (loose ones), coco/, ADEChallengeData2016/ and nyu/ in the official
+layouts, or some of them; without it, 640 px ToyWorld photos are written to a temporary folder.
 """
 import argparse
 import json
@@ -27,6 +27,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision import tv_tensors
@@ -42,7 +43,7 @@ from finetune_det import group_losses
 from layout import Layout, whole
 from losses import reconstruction_loss
 from model import PRESETS, Config, Detector, Pretrainer
-from training import autocast_dtype, pick_device
+from training import autocast_dtype, pick_device, run
 
 # what a part times besides "dense"
 NEEDS = {"encoder": ["visible", "all_visible"], "step": ["step"], "losses": [], "data": []}
@@ -216,11 +217,14 @@ def torchvision_pose(dataset, index):
     box, keypoints = (dataset.truths[i][name][k] for name in ("boxes", "keypoints"))
     centre, size, degrees, mirrored = pose.random_view(box, keypoints, *dataset.size)
     photo = read_pil(dataset.source, i, labels=False)["image"]
+    width, height = (max(1, round(s)) for s in size.tolist())
+    if degrees:                                         # turn no more than can be seen
+        side = int(np.hypot(width, height)) + 1
+        left, top = (centre - side / 2).round().astype(int).tolist()
+        photo = v2.functional.crop(photo, top, left, side, side)
+        photo = v2.functional.rotate(photo, -degrees, InterpolationMode.BILINEAR)
+        centre = np.array([side / 2] * 2)
     left, top = (centre - size / 2).round().astype(int).tolist()
-    if degrees:
-        photo = v2.functional.affine(photo, degrees, [0, 0], 1.0, [0.0, 0.0],
-                                     InterpolationMode.BILINEAR, center=centre.tolist())
-    height, width = (max(1, round(s)) for s in size[::-1].tolist())
     crop = v2.functional.resized_crop(photo, top, left, height, width, list(dataset.size))
     return v2.functional.pil_to_tensor(v2.functional.hflip(crop) if mirrored else crop)
 
@@ -236,7 +240,9 @@ def loaders(root):
     detect = v2.Compose([flip, v2.RandomApply([v2.RandomShortestSize([400, 500, 600]),
                                                v2.RandomCrop([400, 492], pad_if_needed=True)]),
                          v2.RandomShortestSize(list(range(480, 801, 32)), 1333), to_tensor])
-    depth = v2.Compose([v2.RandomApply([v2.RandomRotation(2.5, InterpolationMode.BILINEAR)]), flip,
+    depth = v2.Compose([v2.Lambda(partial(v2.functional.crop, top=45, left=43, height=427,
+                                          width=565)),
+                        v2.RandomApply([v2.RandomRotation(2.5, InterpolationMode.BILINEAR)]), flip,
                         v2.RandomCrop([416, 544]), v2.RandomApply([jitter(0.25)]), to_tensor])
     crop = v2.Compose([v2.RandomResizedCrop(192, (0.2, 1), interpolation=InterpolationMode.BICUBIC),
                        flip, to_tensor])
@@ -247,6 +253,8 @@ def loaders(root):
     def photo(dataset, index):
         return crop(Image.open(dataset.source.files[index]).convert("RGB"))
     root, config = Path(root), Config()
+    if not root.is_dir():
+        raise data.InputError(f"--data {root}: no such folder")
     coco, ade, nyu = root / "coco", root / "ADEChallengeData2016", root / "nyu"
     pretraining = partial(data.open_pretraining, config=config)
     segmentation = partial(data.open_segmentation, size=640)
@@ -259,9 +267,11 @@ def loaders(root):
             ("semantic", ade, segmentation, partial(theirs, segment)),
             ("depth", nyu, partial(data.open_depth, height=416, width=544), partial(theirs, depth)),
             ("pose", coco, partial(data.open_pose, size=(256, 192)), torchvision_pose)):
-        if folder.is_dir():
-            dataset = opened(folder)[0]
-            yield name, dataset, partial(reference, dataset)
+        if not folder.is_dir():
+            print(f"{name}: no {folder}", file=sys.stderr)
+            continue
+        dataset = opened(folder)[0]
+        yield name, dataset, partial(reference, dataset)
 
 
 def loading_against_torchvision(args, count=32):
@@ -278,11 +288,11 @@ def loading_against_torchvision(args, count=32):
             seconds, photos = ([], []), range(0, len(ours), -(-len(ours) // count))
             for r in tqdm(range(args.rounds + 1), desc=name, leave=False, disable=None):
                 for work, spent in zip((lambda i, r=r, ours=ours: ours[r, i], theirs), seconds):
-                    begun = time.perf_counter()
+                    begun = time.process_time()         # of this core, whatever others do
                     with seeded(r):
                         for i in photos:
                             work(i)
-                    spent.append((time.perf_counter() - begun) / len(photos))
+                    spent.append((time.process_time() - begun) / len(photos))
             a, b = (s[1:] for s in seconds)             # the first round warms up
             result[f"{name}_over_torchvision"] = ratio = round(
                 statistics.median(y / x for x, y in zip(a, b)), 2)
@@ -332,4 +342,4 @@ if __name__ == "__main__":
     if args.memory_of:
         print(peak_memory(args.memory_of, Config(**PRESETS[args.preset]), args.batch_size))
     else:
-        main(args)
+        run(main, args)

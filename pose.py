@@ -75,10 +75,16 @@ def warp(image, matrix, height, width):
     A person larger than the crop is first shrunk by a whole factor with a box filter (PIL's
     reduce); what remains, less than 2, is bilinear's. Without it, fine texture would alias.
     """
-    photo = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     back = inverse(matrix)
     # photo px per crop px; the epsilon keeps an exact 2 a 2
     factor = max(1, int(np.linalg.norm(back[:, :2], axis=0).min() + 1e-6))
+    # what the crop shows of the photo, in whole blocks and with room for their neighbours
+    corners = move(back, np.array([[0, 0], [width, 0], [0, height], [width, height]]))
+    last = np.array(image.shape[:0:-1]) - 1                                 # x, y
+    low = ((corners.min(0) / factor - 3).clip(0, last // factor)).astype(int) * factor
+    high = ((corners.max(0) / factor + 3).clip(low // factor + 1)).astype(int) * factor
+    image, back[:, 2] = image[:, low[1]:high[1], low[0]:high[0]], back[:, 2] - low
+    photo = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     if factor > 1:
         photo, back = photo.reduce(factor), back / factor
     # PIL hands in the centre of output pixel i as i + 0.5, crop coordinates call it i

@@ -3049,7 +3049,8 @@ def test_odd_orientations():
         # a tag of a wrong type
         exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x07\0\0\0\x01\x06\0\0\0\0\0\0\0"
         Image.fromarray(pixels).save(at / "odd.jpg", exif=exif)
-        assert files.read_view(at / "odd.jpg", lambda h, w: (0, 0, h, w), 4)[1][2] in (40, 20, 10, 5)
+        view = files.read_view(at / "odd.jpg", lambda h, w: (0, 0, h, w), 40)[1]
+        assert view == (0, 0, 40, 64)
 
 
 def test_odd_coco_files_are_read_right():

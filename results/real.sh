@@ -41,9 +41,13 @@ for split in train test; do
 done
 run detection finetune_det.py --data "$data/coco" --size 128 --queries 60 --many-queries 120 \
     --steps 800 --eval-every 400
-run instance finetune_seg.py --tasks instance --data "$data/coco" --size 128 --queries 64
-run panoptic finetune_seg.py --tasks panoptic --data "$data/coco" --size 128 --queries 64
-run semantic finetune_seg.py --data "$data/ADEChallengeData2016" --size 128 --queries 64
-run semantic-nyu finetune_seg.py --data $labels --ignore-label 39 --size 128 --queries 64
+run instance finetune_seg.py --tasks instance --data "$data/coco" --size 128 --queries 64 \
+    --batch-size 8
+run panoptic finetune_seg.py --tasks panoptic --data "$data/coco" --size 128 --queries 64 \
+    --batch-size 8
+run semantic finetune_seg.py --data "$data/ADEChallengeData2016" --size 128 --queries 64 \
+    --batch-size 8
+run semantic-nyu finetune_seg.py --data $labels --ignore-label 39 --size 128 --queries 64 \
+    --batch-size 8
 run depth finetune_depth.py --data "$data/nyu" --crop 192 256 --batch-size 4 --eval-every 320
 run pose finetune_pose.py --data "$data/coco" --size 96 64
