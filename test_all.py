@@ -2161,9 +2161,17 @@ def test_depth_augmentation_keeps_photo_and_depth_together():
         error = (out["image"][0].float() / 25 - out["depth"]).abs()
         assert (error < 0.3).float().mean() > 0.85
     turned, board = 0, data.tv_tensors.Mask(1 + torch.arange(300 * 300.0).view(300, 300))
+    photo = data.tv_tensors.Image((board % 200).byte().expand(3, -1, -1))
+    theirs = data.v2.RandomApply([data.v2.RandomRotation(
+        2.5, interpolation=data.InterpolationMode.BILINEAR)])
     for i in range(40):                         # half of the time, invalid corners, small angles
         with data.seeded(i):
-            out = rotate({"depth": board})["depth"]
+            out = rotate({"image": photo, "depth": board})
+        with data.seeded(i):
+            expected = theirs({"image": photo, "depth": board})
+        for k in out:                           # rounding; torchvision fills half of the border
+            assert ((out[k].float() - expected[k]).abs() > 1).float().mean() < 0.01, k
+        out = out["depth"]
         turned += not torch.equal(out, board)
         assert torch.equal(out, board) or 0 < (out == 0).float().mean() < 0.05
     assert 10 < turned < 30
@@ -2249,7 +2257,7 @@ def test_depth_loop_does_what_it_says():
         state = training.Run(torch.device("cpu"))
         checkpoints.load_parts(net.glid, at / "pre.pt", checkpoints.PARTS, state)
         groups = training.param_groups(net, 0.01, [("offsets", 50.0), ("backbone", 0.1)])
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
         train, val = data.open_depth("toyworld:4", 64, 64)
         order = iter(training.Batches(4, args, state, 0, 4))
         # peak after 0.2 steps; then half a cosine over 2.8 steps to 1 / 2500
@@ -2266,7 +2274,7 @@ def test_depth_loop_does_what_it_says():
             optimizer.step()
             optimizer.zero_grad()
         torch.save({"model": net.state_dict()}, at / "hand.pt")
-        assert weights_differ(at / "d/last.pt", at / "hand.pt") < 2e-4
+        assert weights_differ(at / "d/last.pt", at / "hand.pt") < 1e-6
         assert weights_differ(at / "d/last.pt", at / "d/best.pt") == 0
         # REL of 4 images, image by image, from predictions at their own size
         rel = []
