@@ -316,9 +316,9 @@ class ScaleToShortest:
         sample = dict(sample)
         for key, value in sample.items():
             if isinstance(value, tv_tensors.Mask):
-                stack = value.as_subclass(torch.Tensor).view(-1, 1, *value.shape[-2:])
+                stack = value.as_subclass(torch.Tensor)[..., None, :, :]    # a channel for each
                 stack = resize(stack, size, InterpolationMode.NEAREST_EXACT)
-                sample[key] = tv_tensors.Mask(stack.view(*value.shape[:-2], *size))
+                sample[key] = tv_tensors.Mask(stack[..., 0, :, :])
             elif isinstance(value, tv_tensors.TVTensor):
                 sample[key] = resize(value, size, antialias=True)
         return sample

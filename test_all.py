@@ -1513,12 +1513,13 @@ def test_masks_are_scaled_about_their_pixels_centres():
             "image": data.tv_tensors.Image((disc * 255).byte().expand(3, -1, -1)),
             "semantic": data.tv_tensors.Mask(disc.byte()), "depth": "kept",
             "masks": data.tv_tensors.Mask(torch.stack([disc, ~disc, disc])),
+            "none": data.tv_tensors.Mask(disc[None][:0]),
             "panoptic": data.tv_tensors.Mask(disc.int() * 70000)})
         assert out["masks"].dtype == torch.bool and out["depth"] == "kept"
         assert torch.equal(out["masks"][0], out["semantic"].bool())
         assert torch.equal(out["masks"][0] * 70000, out["panoptic"]) and out["panoptic"].amax() > 0
         assert torch.equal(out["masks"][0], ~out["masks"][1])
-        assert out["image"].shape[1:] == out["masks"].shape[1:]
+        assert out["image"].shape[1:] == out["masks"].shape[1:] == out["none"].shape[1:]
         shape = out["semantic"].shape
         grid = torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
         weights = out["image"][0].double(), out["semantic"].double()
