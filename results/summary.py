@@ -68,7 +68,7 @@ def real_table():
         found = rows(f"real-{task}.jsonl")
         cells = [[r[name] for r in found if r["start"] == start and name in r][-1:]
                  for start in ("untrained", "scratch", "pretrained")]
-        losses = [r["loss"] for r in found if r["start"] == "pretrained" and "loss" in r]
+        losses = [r[k] for r in found if r["start"] == "pretrained" for k in r if "loss" in k]
         if all(cells):
             cells = " | ".join(f"{factor * c[0]:.{decimals}f}" for c in cells)
             print(f"| {task.split('-')[0]} | {data} | {name} | {cells} | {losses[0]:.3g} to "
