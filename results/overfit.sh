@@ -3,8 +3,8 @@
 #     sh results/overfit.sh               ToyWorld
 #     sh results/overfit.sh DATA          real photos; DATA holds coco/, ADEChallengeData2016/, nyu/
 set -e
+data=${1:+$(realpath "$1")}                     # of where it was typed
 cd "$(dirname "$0")/.."
-data=$1
 fit() {                                         # fit NAME SCRIPT FLAGS...
     name=$1 script=$2
     shift 2

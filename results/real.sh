@@ -3,8 +3,8 @@
 # DATA holds imagenet/, coco/, ADEChallengeData2016/ and nyu/ (with labels40/) in the official
 # layouts; made for subsets of some hundred photos, so nothing here compares with published figures.
 set -e
+data=$(realpath "$1")                           # of where it was typed
 cd "$(dirname "$0")/.."
-data=$1
 shift
 wanted=${*:-all}
 out=out/real
