@@ -328,7 +328,7 @@ def segmentation_transform(train, size):
     """Mask2Former's recipe for ADE20K: scale 0.5..2, crop, SSD's colour jitter, flip; at test the
     shortest edge becomes `size`, the longest at most 4 times that."""
     if not train:
-        return v2.RandomShortestSize([size], max_size=4 * size, antialias=True)
+        return ScaleToShortest([size], 4 * size)
     scales = [int(size * s / 10) for s in range(5, 21)]
     return v2.Compose([ScaleToShortest(scales, 4 * size), CropToFit(size, size), ColourJitter(),
                        v2.RandomHorizontalFlip()])
@@ -389,7 +389,8 @@ class Segmentation:
         epoch, index = at
         sample = self.source[index]
         if not self.train:
-            return sample | {"image": self.transform(sample["image"]), "index": index,
+            image = self.transform({"image": sample["image"]})["image"]
+            return sample | {"image": image, "index": index,
                              "original": sample["image"].shape[-2:]}
         with seeded(self.seed, epoch, index):
             sample = self.transform(sample)

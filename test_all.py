@@ -1509,7 +1509,7 @@ def test_masks_are_scaled_about_their_pixels_centres():
     y, x = torch.meshgrid(torch.arange(103.0), torch.arange(157.0), indexing="ij")
     disc = ((y - 50) ** 2 + (x - 70) ** 2 < 40 ** 2)
     for size in (29, 64, 77, 190):
-        out = data.ScaleToShortest([size], 1000)({
+        out = data.segmentation_transform(False, size)({    # also of what --overfit trains on
             "image": data.tv_tensors.Image((disc * 255).byte().expand(3, -1, -1)),
             "semantic": data.tv_tensors.Mask(disc.byte()), "depth": "kept",
             "masks": data.tv_tensors.Mask(torch.stack([disc, ~disc, disc])),
