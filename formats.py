@@ -70,6 +70,10 @@ def find_pairs(root, photo_words, label_words, on_error):
     found = {}
     for split in ("train", "val", None):
         photos, labels = (split_folder(root, w, split) for w in (photo_words, label_words))
+        half = (photos or labels) if split == "val" and found and not (photos and labels) else None
+        if half and "test" not in half.relative_to(root).parts:     # a test part has no labels
+            refuse(f"{half}: the {'label PNGs' if photos else 'photos'} of this part are missing",
+                   on_error)
         if not photos or not labels or (split is None and (found or not any(
                 p.suffix.lower() == ".png" for p in labels.iterdir()))):
             continue

@@ -3163,6 +3163,11 @@ def test_mask_folders():
         make(at, "train/images", "train/labels")
         train, val = read_all(at, ["semantic"])
         assert len(train) == len(val) == 1                  # held out
+        write_png(at / "test/images/c.png", np.zeros((6, 8, 3), np.uint8))
+        assert len(read_all(at, ["semantic"])[1]) == 1          # a test part may have no labels
+        write_png(at / "val/images/a.png", np.zeros((6, 8, 3), np.uint8))
+        with raises(InputError, "val/images", "label PNGs", "missing"):
+            read_all(at, ["semantic"])
         make(at, "val/images", "val/labels", 1)
         sources = formats.open_folder(at, ["semantic"])
         assert [len(s) for s in sources] == [2, 2] and sources[0].classes == tuple("0123")
