@@ -3309,6 +3309,15 @@ def test_skipping_what_is_broken():
         with raises(InputError, "no training photo"), quiet():
             forgiving[0, 0]
         assert forgiving.broken.all()
+
+    class Turns(list):                                      # one of three tasks, as Segmentation
+        def __getitem__(self, at):
+            if at[1] in (1, 4):
+                raise InputError("broken")
+            return sum(at) % 3
+    with quiet():
+        turns = training.forgiving(Turns(range(5)), args)
+        assert all(turns[e, i] == (e + i) % 3 for e in range(4) for i in range(5))
     with folder() as at:
         little_coco(at)
         content = json.loads((at / "annotations/instances_val2017.json").read_text())

@@ -302,7 +302,8 @@ class Skipping:
         epoch, index = at
         for i in [*range(index, len(self)), *range(index)]:
             try:
-                return self.dataset[epoch, i]
+                # the sum of the two is kept, which chooses the sample's task (data.Segmentation)
+                return self.dataset[epoch + index - i, i]
             except InputError as error:
                 if not self.broken[i]:
                     self.broken[i] = True
