@@ -17,14 +17,18 @@ from files import (
     Source,
     hold_out,
     limit_classes,
+    note,
     read_json,
     read_numbers,
     refuse,
 )
+from toyworld import KEYPOINTS
 
 # what an entry raises that is not as it should be
 BAD = (KeyError, TypeError, ValueError, OverflowError, AttributeError)
 LISTS = ("images", "annotations", "categories")
+# what a file's name may say it holds
+KINDS = ("instance", "keypoint", "panoptic", "caption", "stuff", "image_info", "detection")
 
 
 def why(error):
@@ -36,15 +40,15 @@ def require(condition, reason):
         raise ValueError(reason)
 
 
-def numbers(values, count=None, limit=1e6):
+def numbers(what, values, count=None, limit=1e6):
     """A list of numbers up to +-limit (of pixels) -> float64 array; raises ValueError for all else,
-    strings too."""
+    strings too. what: its name in the message."""
     if not isinstance(values, list) or not {*map(type, values)} <= {int, float} \
             or count not in (None, len(values)):
-        raise ValueError(f"{str(values)[:60]} is no list of {count or ''} numbers")
+        raise ValueError(f"{what} {str(values)[:60]} is no list of {count or ''} numbers")
     array = np.array(values, np.float64)
     if not (np.abs(array) <= limit).all():                  # NaN neither
-        raise ValueError(f"{str(values)[:60]} is not finite or beyond {limit:.0g}")
+        raise ValueError(f"{what} {str(values)[:60]} is not finite or beyond {limit:.0g}")
     return array
 
 
@@ -56,23 +60,45 @@ def an_id(value):
 
 def read_categories(path, content, kind):
     """-> list of (category id, name, is it a thing), things first, each in order of the ids.
-    Of a file of keypoints only "person"; in a file of instances all are things."""
-    found = []
-    for n, entry in enumerate(content["categories"]):
+    Of a file of keypoints only what has joints; in a file of instances all are things."""
+    found, entries = [], content["categories"]
+    if kind == "keypoints":
+        entries = jointed(path, entries)
+    for n, entry in enumerate(entries):
         try:
             require(type(entry["id"]) is int, "its id must be a whole number")
             require(kind != "panoptic" or entry["isthing"] in (0, 1), "isthing must be 0 or 1")
-            if kind != "keypoints" or entry["name"] == "person":
-                found.append((entry["id"], str(entry["name"]),
-                              kind != "panoptic" or entry["isthing"] == 1))
+            found.append((entry["id"], str(entry["name"]),
+                          kind != "panoptic" or entry["isthing"] == 1))
         except BAD as error:
             raise InputError(f"{path}: category {entry.get('id', f'number {n}')}: {why(error)}") \
                 from None
     if not found:
-        raise InputError(f"{path}: no category" + " called person" * (kind == "keypoints"))
+        raise InputError(f"{path}: no category")
     if len({i for i, _, _ in found}) < len(found):
         raise InputError(f"{path}: two categories have the same id")
     return sorted(found, key=lambda c: (not c[2], c[0]))
+
+
+def jointed(path, entries):
+    """Of a file's categories the one with joints: that which names them, or "person"."""
+    named = [e for e in entries if isinstance(e.get("keypoints"), list) and e["keypoints"]]
+    found = named or [e for e in entries if e.get("name") == "person"]
+    if len(found) > 1:
+        found = [e for e in found if e.get("name") == "person"] or found
+    if len(found) != 1:
+        names = [e.get("name") for e in found]
+        raise InputError(f'{path}: one category must have joints, its "keypoints" naming them, or '
+                         f"be called person and have COCO's; here {names or 'none'}")
+    return found
+
+
+def joint_names(path, content):
+    """Names of the joints, () in a file without; COCO's 17 where the category does not say."""
+    names = jointed(path, content["categories"])[0].get("keypoints") or KEYPOINTS
+    if len({str(n).lower() for n in names}) < len(names):
+        raise InputError(f"{path}: two joints have the same name")
+    return tuple(map(str, names))
 
 
 def same_categories(path, own, categories):
@@ -91,14 +117,16 @@ def read_images(root, path, content, split, on_error):
             i, size = an_id(entry["id"]), (entry["height"], entry["width"])
             require(all(type(s) is int and s > 0 for s in size), f"{size} is no height and width")
             require(i not in images, "two images have this id")
-            images[i] = dict(photo=str(Path(entry["file_name"])), id=i, size=size)
+            name = str(Path(entry["file_name"].replace("\\", "/")))  # as Windows writes folders
+            images[i] = dict(photo=name, id=i, size=size)
         except BAD as error:
             raise InputError(f"{path}: image {entry.get('id', f'number {n}')}: {why(error)}") \
                 from None
-    folder = photo_folder(root, path, split, [r["photo"] for r in images.values()])
+    folder, bare = photo_folder(root, path, split, [r["photo"] for r in images.values()])
     there = set(os.listdir(folder))                         # one look instead of 100,000
     for i, record in images.items():
-        name, record["photo"] = record["photo"], folder / record["photo"]
+        name = Path(record["photo"]).name if bare else record["photo"]
+        record["photo"] = folder / name
         if name not in there and not record["photo"].is_file():
             refuse(f"{record['photo']}: no such file, but {path} lists it", on_error)
             broken.add(i)
@@ -106,33 +134,39 @@ def read_images(root, path, content, split, on_error):
 
 
 def photo_folder(root, path, split, names):
-    """Where the photos of a COCO file lie: the first place that holds one of the first photos."""
+    """Where the photos of a COCO file lie: the first place that holds one of the first photos, by
+    the name the file gives or, if none has it, without folders: -> (place, was it without)."""
     places = [path.stem.split("_")[-1], *SPLITS[split]]                     # as in train2017
-    places = [root / p for p in (*places, *(f"images/{p}" for p in places), "images", "")]
-    for place in places:
-        if any((place / name).is_file() for name in names[:20]):
-            return place
+    places = [p for p in (*places, *(f"images/{p}" for p in places), "images", "")]
+    for bare in (False, True):
+        for place in places:
+            if any((root / place / (Path(n).name if bare else n)).is_file() for n in names[:20]):
+                return root / place, bare
     raise InputError(f"{path}: its photos ({', '.join(names[:1]) or 'none listed'}) are not in "
-                     f"{places[0]}")
+                     f"{root}, nor below it in {', '.join(places[:-1])}; names must be equal, "
+                     "capitals too")
 
 
-def parse_object(entry, kind, masks):
+def parse_object(entry, count, masks):
     """One annotation -> (box xyxy, area, crowd, joints or None, segmentation or None).
-    A missing iscrowd means 0, a missing area that of the box."""
-    x, y, w, h = numbers(entry["bbox"], 4).tolist()
+    A missing iscrowd means 0, a missing area that of the box; count: joints, 0 for none."""
+    x, y, w, h = numbers("bbox", entry["bbox"], 4).tolist()
     require(w >= 0 and h >= 0, f"its box {entry['bbox']} has a negative side")
-    area, crowd = numbers([entry.get("area", w * h)], limit=1e12)[0], entry.get("iscrowd", 0)
+    area = numbers("area", [entry.get("area", w * h)], limit=1e12)[0]
+    crowd = entry.get("iscrowd", 0)
     require(crowd in (0, 1), f"iscrowd is {crowd}, not 0 or 1")
     require(area >= 0, f"its area is {area}")
     joints = shape = None
-    if kind == "keypoints":
-        joints = numbers(entry["keypoints"], 51).reshape(17, 3)
+    if count:
+        joints = numbers(f"keypoints, {count} x (x, y, v):", entry["keypoints"], 3 * count)
+        joints = joints.reshape(count, 3)
         require(np.isin(joints[:, 2], (0, 1, 2)).all(), "a joint's flag is not 0, 1 or 2")
     if masks:
         shape = entry["segmentation"]
         if isinstance(shape, list):
-            shape = [numbers(s) for s in shape]             # arrays: half of the memory of lists
-            require(shape and all(len(s) >= 6 and len(s) % 2 == 0 for s in shape),
+            require(shape, "has no polygon, only a box")
+            shape = [numbers("polygon", s) for s in shape]  # arrays: half of the memory of lists
+            require(all(len(s) >= 6 and len(s) % 2 == 0 for s in shape),
                     "a polygon needs three points or more")
         else:
             require(type(shape["counts"]) in (list, str) and shape["size"], "not a mask")
@@ -145,6 +179,7 @@ def coco_instances(root, path, split, kind, keys, on_error, categories=None):
     content = read_json(path, LISTS)
     masks = "masks" in keys and kind != "keypoints"         # joints know their area without
     categories = same_categories(path, read_categories(path, content, kind), categories)
+    joints = joint_names(path, content) if kind == "keypoints" else ()
     every = {c["id"] for c in content["categories"]}
     label = {i: k for k, (i, _, _) in enumerate(categories)}
     images, broken = read_images(root, path, content, split, on_error)
@@ -154,13 +189,14 @@ def coco_instances(root, path, split, kind, keys, on_error, categories=None):
         try:
             require("segments_info" not in entry, "a segment map; expected boxes")
             image, category = an_id(entry["image_id"]), entry["category_id"]
-            require(image in images, f"its image {image} is not listed")
-            require(type(category) is int and category in every,
-                    f"its category {category} is not listed")
+            require(image in images, f"its image {image!r} is not listed")
+            require(type(category) is int, f"its category {category!r} is no whole number")
+            require(category in every, f"its category {category} is not listed")
             require(an_id(name) not in used, "two annotations have this id")
             used.add(name)
             if category in label:
-                found[image].append((label[category], name, *parse_object(entry, kind, masks)))
+                parsed = parse_object(entry, len(joints), masks)
+                found[image].append((label[category], name, *parsed))
         except BAD as error:
             refuse(f"{path}: annotation {name}: {why(error)}", on_error)
             # a photo with one object left out would teach that nothing is there
@@ -168,19 +204,32 @@ def coco_instances(root, path, split, kind, keys, on_error, categories=None):
     usable = [i for i in images if i not in broken and str(i) not in broken]
     if len(usable) < len(images):
         refuse(f"{path}: {len(images) - len(usable)} of {len(images)} photos", "skip")
-    records = [images[i] | stacked(found[i], kind, masks) for i in usable]
+    records = [images[i] | stacked(found[i], len(joints), masks) for i in usable]
+    doubt_boxes(path, records)
     ids, names, _ = zip(*categories)
-    return Source(records, partial(read_objects, path, masks), names, len(names), ids)
+    return Source(records, partial(read_objects, path, masks), names, len(names), ids,
+                  joints=joints)
 
 
-def stacked(objects, kind, masks):
+def doubt_boxes(path, records):
+    """Say so if many boxes reach far out of their photo: they may be corners, not sides."""
+    boxes = [r["labels"]["boxes"] for r in records]
+    sizes = np.repeat(np.array([r["size"] for r in records]).reshape(-1, 2), [*map(len, boxes)], 0)
+    boxes = np.concatenate([*boxes, np.zeros((0, 4))])
+    beyond = int((boxes[:, [3, 2]] > 1.05 * sizes + 1).any(1).sum())
+    if beyond > max(5, 0.05 * len(boxes)):
+        note(f"note: {path}: {beyond} of {len(boxes)} boxes reach beyond their photo; a bbox is x, "
+             "y, width, height")
+
+
+def stacked(objects, count, masks):
     """The objects of a photo as a few arrays: small, and forked processes share them."""
     labels, names, boxes, area, crowd, joints, shapes = zip(*objects) if objects else [()] * 7
     record = dict(labels=dict(
         classes=np.array(labels, np.int64), iscrowd=np.array(crowd, bool),
         boxes=np.array(boxes, np.float32).reshape(-1, 4), area=np.array(area, np.float64)))
-    if kind == "keypoints":
-        record["labels"]["keypoints"] = np.array(joints, np.float32).reshape(-1, 17, 3)
+    if count:
+        record["labels"]["keypoints"] = np.array(joints, np.float32).reshape(-1, count, 3)
     return record | (dict(shapes=shapes, names=names) if masks else {})
 
 
@@ -273,14 +322,7 @@ def panoptic_labels(number, segments, keys):
 
 def open_coco(root, word, read, kind, keys, on_error):
     """[training, validation] from the JSON files with `word` in their names; None without them."""
-    files = []
-    for split in ("train", "val"):
-        found = [p for place in (root / "annotations", root) for p in sorted(place.glob("*.json"))
-                 if word in p.name and split in p.name and p not in files]  # "trainval" once
-        if len(found) > 1:
-            raise InputError(f"--data {root}: {found[0].name} and {found[1].name} are both there; "
-                             "keep one of them")
-        files += found or [None]
+    files = coco_files(root, word)
     if files[0] is None:
         return None
     train = read(root, files[0], "train", kind, keys, on_error)
@@ -288,4 +330,33 @@ def open_coco(root, word, read, kind, keys, on_error):
         return hold_out(root, train)
     categories = [(i, name, k < train.things)
                   for k, (i, name) in enumerate(zip(train.category_ids, train.classes))]
-    return [train, read(root, files[1], "val", kind, keys, on_error, categories)]
+    val = read(root, files[1], "val", kind, keys, on_error, categories)
+    if val.joints != train.joints:
+        raise InputError(f"{files[1]}: other joints than the training part's")
+    return [train, val]
+
+
+def coco_files(root, word):
+    """[training, validation] file, None where there is none.
+
+    Those with `word` in their names; for instances and keypoints, if there are none, those that
+    name no kind at all, as labelling tools write them: train.json, or train/_annotations.coco.json
+    beside its photos (Roboflow). One file that names no part, as result.json, is all there is.
+    """
+    parts = [root / s for names in SPLITS.values() for s in names]
+    every = [p for place in (root / "annotations", root, *parts)
+             for p in sorted(place.glob("*.json"))]
+    found = [p for p in every if word in p.name.lower()]
+    if not found and word != "panoptic":
+        found = [p for p in every if not any(k in p.name.lower() for k in KINDS)]
+    files = []
+    for split in SPLITS:
+        own = [p for p in found if p not in files and (         # "trainval" once
+            split in p.name.lower() or p.parent in [root / s for s in SPLITS[split]])]
+        if own and own[0].parent in parts:                      # Roboflow's valid before its test
+            own = [p for p in own if p.parent == own[0].parent]
+        if len(own) > 1:
+            raise InputError(f"--data {root}: {own[0].name} and {own[1].name} are both there; "
+                             "keep one of them")
+        files += own or [None]
+    return [found[0], None] if len(found) == 1 and files == [None, None] else files

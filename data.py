@@ -84,6 +84,7 @@ class ToyWorld:
     classes = toyworld.CLASSES
     things = len(toyworld.THINGS)
     category_ids = range(len(classes))
+    joints = toyworld.KEYPOINTS
     kinect_frame = False
 
     def __init__(self, split, count, size, seed=0, keys=()):
@@ -579,7 +580,7 @@ TOY_PHOTO = 160                                 # px: half of ToyWorld's persons
 
 
 def persons(labels):
-    """The persons among a photo's objects, numpy: boxes [P, 4], keypoints [P, 17, 3], area [P],
+    """The persons among a photo's objects, numpy: boxes [P, 4], keypoints [P, J, 3], area [P],
     iscrowd [P] (all False if the source has no crowds)."""
     crowd = labels.get("iscrowd", torch.zeros(len(labels["area"]), dtype=torch.bool))
     found = {k: labels[k] for k in ("boxes", "keypoints", "area")} | {"iscrowd": crowd}
@@ -622,8 +623,8 @@ def read_boxes(path, ids, person):
 class Pose:
     """Crops of persons. A source of photos has ids, labels(i) and [i], the labels with "image".
 
-    Training: (epoch, person) -> dict for collate(): image uint8 [3, H, W], joints float [17, 2]
-    in crop px (see pose.py), labelled bool [17]. Persons that are no crowd and have a joint.
+    Training: (epoch, person) -> dict for collate(): image uint8 [3, H, W], joints float [J, 2]
+    in crop px (see pose.py), labelled bool [J]. Persons that are no crowd and have a joint.
     Test: (epoch, photo) -> dict of all its persons, so that doubles can be told: images uint8
     [P, 3, H, W], back [P, 2, 3] from crop to the photo's pixels as annotations count them, area [P]
     of the views, scores [P] of the boxes, truth for AveragePrecision, id, index. The boxes are the
@@ -634,6 +635,10 @@ class Pose:
     def __init__(self, source, train, size, seed, augment=(0.5, 40.0), boxes=None):
         self.source, self.train, self.size, self.seed = source, train, size, seed
         self.augment = augment                  # (zoom, rotation) of pose.random_view, or None
+        self.joints = source.joints             # their names, which tell the next four
+        self.flip, self.sigmas = pose.flip_order(self.joints), pose.oks_sigmas(self.joints)
+        human = tuple(self.joints) == toyworld.KEYPOINTS
+        self.upper, self.bones = (pose.UPPER, toyworld.SKELETON) if human else (None, ())
         self.truths = [persons(source.labels(i)) for i in range(len(source))]
         self.boxes = boxes or [(t["boxes"][~t["iscrowd"]], np.ones(int((~t["iscrowd"]).sum())))
                                for t in self.truths]
@@ -655,14 +660,14 @@ class Pose:
         if self.augment:
             with seeded(self.seed, epoch, index):
                 centre, size, degrees, mirrored = pose.random_view(box, keypoints, *self.size,
-                                                                   *self.augment)
+                                                                   *self.augment, self.upper)
         else:
             (centre, size), degrees, mirrored = pose.fit_box(box, *self.size), 0.0, False
         matrix = pose.affine(centre, size, *self.size, degrees)
         crop = pose.warp(self.source[i]["image"].as_subclass(torch.Tensor), matrix, *self.size)
         joints, labelled = pose.move(matrix, keypoints[:, :2]), keypoints[:, 2] > 0
         if mirrored:
-            crop, joints, labelled = pose.mirror(crop, joints, labelled)
+            crop, joints, labelled = pose.mirror(crop, joints, labelled, self.flip)
         return {"image": crop, "joints": torch.from_numpy(joints).float(),
                 "labelled": torch.from_numpy(labelled)}
 

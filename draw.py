@@ -89,16 +89,16 @@ def depth_map(depth, low, high):
     return torch.from_numpy((colours * (depth > 0)).round().astype(np.uint8))
 
 
-def skeletons(image, keypoints, visible, at_least=320):
+def skeletons(image, keypoints, visible, bones=SKELETON, at_least=320):
     """Photo uint8 [3, H, W] with persons drawn in: [3, zoom H, zoom W], small photos enlarged.
 
-    keypoints [P, 17, 2] photo px; visible bool [P, 17], the joints to draw. White bones, and
-    dots in a colour per person.
+    keypoints [P, J, 2] photo px; visible bool [P, J], the joints to draw; bones: pairs of joints.
+    White bones, and dots in a colour per person.
     """
     zoom = max(1, at_least // image.shape[2])
     image = image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
     for i, (points, seen) in enumerate(zip(keypoints, visible)):
         points, seen = (torch.as_tensor(v)[None] for v in (points * zoom, seen))
-        image = draw_keypoints(image, points, list(SKELETON), tuple(palette()[i % 250].tolist()),
+        image = draw_keypoints(image, points, list(bones), tuple(palette()[i % 250].tolist()),
                                radius=zoom, width=zoom, visibility=seen)
     return image

@@ -28,8 +28,13 @@ def refuse(message, on_error):
     """Stop with the message, or with on_error "skip" say on stderr that this one is left out."""
     if on_error == "stop":
         raise InputError(message)
-    if os.environ.get("RANK", "0") == "0":                  # all processes open the same files
-        print(f"skipped: {message}", file=sys.stderr, flush=True)
+    note(f"skipped: {message}")
+
+
+def note(message):
+    """Say something on stderr, once: all processes open the same files."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -190,15 +195,16 @@ class Source:
 
     records: a dict for each photo, with its path "photo" and "id"; read(record) -> labels as numpy
     arrays and the (H, W) they are made for. classes: names of the labels 0..K-1, the first `things`
-    of them things; category_ids: what the files call them.
+    of them things; category_ids: what the files call them; joints: names of the J keypoints.
     Labels, as far as asked for: boxes [N, 4] x1 y1 x2 y2, classes int64 [N], iscrowd bool [N], area
-    [N] as the file says, keypoints [N, 17, 3] x y v (the centre of pixel i at i), masks uint8 [N,
+    [N] as the file says, keypoints [N, J, 3] x y v (the centre of pixel i at i), masks uint8 [N,
     H, W]; semantic uint8 [H, W], IGNORE = no class; panoptic [H, W] of segment ids, 0 = void,
     segments int64 [S, 3] of id, class, crowd; depth float [H, W] metres, 0 = not measured.
     """
 
-    def __init__(self, records, read, classes=(), things=0, category_ids=(), kinect_frame=False):
-        self.records, self.read = records, read
+    def __init__(self, records, read, classes=(), things=0, category_ids=(), kinect_frame=False,
+                 joints=()):
+        self.records, self.read, self.joints = records, read, tuple(joints)
         self.classes, self.things, self.category_ids = tuple(classes), things, tuple(category_ids)
         self.kinect_frame = kinect_frame        # NYU's photos of 480 x 640 have a white border
 
@@ -233,7 +239,7 @@ class Source:
     def subset(self, indexes):
         records = [self.records[i] for i in indexes]
         return Source(records, self.read, self.classes, self.things, self.category_ids,
-                      self.kinect_frame)
+                      self.kinect_frame, self.joints)
 
 
 def read_photo(path, size):

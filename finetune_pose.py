@@ -10,8 +10,9 @@ Defaults are the paper's recipe (210 epochs of person crops of 256 x 192 px, 8 p
 --data: a folder with annotations/person_keypoints_{train,val}*.json, COCO's or any in its format.
 
 Top-down: a person's box comes first, from the ground truth or from a detector's file; the network
-finds the 17 joints inside it. Crops, augmentation, targets, schedule and inference are ViTPose's
-(pose.py). OUT holds last.pt, best.pt, log.jsonl and samples/*.png: truth, prediction.
+finds the joints inside it, COCO's 17 or those that the file names, of whatever has them. Crops,
+augmentation, targets, schedule and inference are ViTPose's (pose.py). OUT holds last.pt, best.pt,
+log.jsonl and samples/*.png: truth, prediction.
 """
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import training
 from data import PERSON, InputError, collate, collate_photos, open_pose
 from layout import whole
 from losses import heatmap_loss
-from metrics import AveragePrecision
+from metrics import OKS_SIGMAS, AveragePrecision
 from model import PoseEstimator, normalize
 
 DROPS = (170 / 210, 200 / 210)              # shares of the run: ViTPose's epochs 170 and 200 of 210
@@ -36,7 +37,9 @@ PRESETS = {
     # longer than this run lasts
     "tiny": dict(data="toyworld", steps=700, size=[48, 32], batch_size=16, lr=2e-3,
                  query_lr=250.0, drop_path=0.0, warmup_steps=20, workers=1, eval_every=350,
-                 clip=1e-3, zoom=0.25, rotation=10.0),
+                 clip=1e-3, zoom=0.25, rotation=10.0,
+                 # px of a map of 24 x 16: 2 would be an eighth of its width
+                 sigma=1.0),
     "small": dict(drop_path=0.1),
 }
 
@@ -69,31 +72,31 @@ def flags():
 
 
 @torch.no_grad()
-def predict(model, crops, args, state):
-    """uint8 [P, 3, H, W] -> joints [P, 17, 2] in crop px and their scores [P, 17], fp32 numpy.
+def predict(model, crops, args, state, flip=pose.FLIP):
+    """uint8 [P, 3, H, W] -> joints [P, J, 2] in crop px and their scores [P, J], fp32 numpy.
 
     At most --batch-size crops are on the device at once, each also in a mirror (flip test).
     """
-    joints, scores = [torch.empty(0, 17, 2)], [torch.empty(0, 17)]
+    joints, scores = [torch.empty(0, len(flip), 2)], [torch.empty(0, len(flip))]
     for start in range(0, len(crops), args.batch_size):
         images = normalize(crops[start:start + args.batch_size].to(state.device))
         layout = whole(model.glid.config, images).to(state.device)
         with state.autocast():
             maps = model(images, layout).float()
             if not args.overfit:                    # which has never seen anything in a mirror
-                maps = pose.flip_average(maps, model(images.flip(3), layout).float())
-        at, score = pose.decode(maps, args.size)
+                maps = pose.flip_average(maps, model(images.flip(3), layout).float(), flip)
+        at, score = pose.decode(maps, args.size, args.sigma)
         joints.append(at.cpu())
         scores.append(score.cpu())
     return torch.cat(joints).numpy(), torch.cat(scores).numpy()
 
 
-def answer(photo, joints, scores):
-    """Joints [P, 17, 2] in the crops of a photo's persons -> what AveragePrecision wants, in photo
+def answer(photo, joints, scores, sigmas=OKS_SIGMAS):
+    """Joints [P, J, 2] in the crops of a photo's persons -> what AveragePrecision wants, in photo
     px, best person first, doubles removed."""
     joints = pose.move(photo["back"], joints)
     persons = pose.rescore(photo["scores"], scores)
-    keep = pose.oks_nms(joints, persons, photo["area"])
+    keep = pose.oks_nms(joints, persons, photo["area"], sigmas=sigmas)
     return {"labels": np.full(len(keep), PERSON), "scores": persons[keep],
             "keypoints": np.concatenate([joints, scores[..., None]], -1)[keep]}
 
@@ -104,20 +107,20 @@ def evaluate(model, dataset, args, state, path=None):
     Processes share photos, not persons: which of two predictions is a double is decided in one.
     """
     model.eval()
-    metric, rows = AveragePrecision("keypoint", [PERSON]), []
+    metric, rows = AveragePrecision("keypoint", [PERSON], sigmas=dataset.sigmas), []
     batches = training.share_crowded(dataset.counts, args, state)
     for crops, photos in training.loader(dataset, batches, collate_photos, model.glid.config, args,
                                          state):
-        joints, scores = predict(model, crops, args, state)
+        joints, scores = predict(model, crops, args, state, dataset.flip)
         ends = np.cumsum([len(p["scores"]) for p in photos])[:-1]
         for photo, at, score in zip(photos, np.split(joints, ends), np.split(scores, ends)):
-            found, truth = answer(photo, at, score), photo["truth"]
+            found, truth = answer(photo, at, score, dataset.sigmas), photo["truth"]
             metric.update(photo["id"], found, truth)
             if len(rows) < 8 and path and state.rank == 0:
                 image = dataset.source[photo["index"]]["image"].as_subclass(torch.Tensor)
-                rows.append(torch.cat([draw.skeletons(image, k[..., :2], k[..., 2] > sure)
-                                       for k, sure in ((truth["keypoints"], 0),
-                                                       (found["keypoints"], 0.2))], 2))
+                rows.append(torch.cat([
+                    draw.skeletons(image, k[..., :2], k[..., 2] > sure, dataset.bones)
+                    for k, sure in ((truth["keypoints"], 0), (found["keypoints"], 0.2))], 2))
     model.train()
     if rows:
         draw.save_picture(rows, path)
@@ -125,14 +128,14 @@ def evaluate(model, dataset, args, state, path=None):
     return {name: result[name] for name in SHOWN}
 
 
-def build(args, state):
-    """The model with its inherited parts; the head and the e_i are always new."""
+def build(args, joints, state):
+    """The model with its inherited parts; the head and the e_i, one per joint, are always new."""
     config = training.model_config(args)
     if any(n % config.unit for n in args.size):
         raise InputError(f"--size {args.size[0]} {args.size[1]}: height and width of the crop must "
                          f"be multiples of {config.unit}")
     torch.manual_seed(args.seed)
-    model = PoseEstimator(config)
+    model = PoseEstimator(config, joints)
     checkpoints.inherit(model.glid, args, state)
     return model.to(state.device)
 
@@ -143,16 +146,16 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     log.write(step=step, **result)
     is_best = best is None or not result["AP"] < best                  # the first one even if NaN
     best = result["AP"] if is_best else best
-    checkpoints.keep(args, model, optimizer, state, step, best, is_best)
+    checkpoints.keep(args, model, optimizer, state, step, best, is_best, joints=list(val.joints))
     return best
 
 
 def main(args):
     """Train; returns {"AP": best AP, "step": steps done}."""
     state = training.start(args)
-    model = build(args, state)
     train, val = open_pose(args.data, args.size, args.data_fraction, args.seed, args.overfit,
                            args.boxes, (args.zoom, args.rotation), on_error=args.on_error)
+    model = build(args, len(train.joints), state)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
@@ -181,10 +184,10 @@ def main(args):
         for micro in range(args.accumulate):
             images, layout, persons = state.fetch(loader)
             joints, labelled = (torch.stack([p[k] for p in persons])
-                                for k in ("joints", "labelled"))    # [B, 17, 2], [B, 17]
+                                for k in ("joints", "labelled"))    # [B, J, 2], [B, J]
             with state.no_sync(ddp, last=micro + 1 == args.accumulate):
                 with state.autocast():
-                    maps = ddp(images, layout)                      # [B, 17, H / 4, W / 4]
+                    maps = ddp(images, layout)                      # [B, J, H / 4, W / 4]
                 target, weight = pose.heatmap_targets(joints, labelled, args.size, maps.shape[2:],
                                                       args.sigma)
                 loss = heatmap_loss(maps, target, weight) / args.accumulate
@@ -202,7 +205,7 @@ def main(args):
         if ends:
             best = conclude(model, val, args, state, step, best, optimizer, log)
         elif saves:
-            checkpoints.keep(args, model, optimizer, state, step, best)
+            checkpoints.keep(args, model, optimizer, state, step, best, joints=list(val.joints))
     bar.close()
     state.say(f"best AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
     return {"AP": best, "step": step}

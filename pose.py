@@ -14,17 +14,39 @@ Two kinds of coordinates, both (x, y) in px, both float:
 Augmentation, targets and scores are ViTPose's (MMPose's), which the paper follows. P persons, J
 joints, H W crop, h w heatmap.
 """
+import re
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 from metrics import OKS_SIGMAS, keypoint_overlaps
-from toyworld import FLIP
+from toyworld import KEYPOINTS
 
 PADDING = 1.25                      # room around the box
 PIXEL = 0.5                         # photo coordinates = joint of an annotation + PIXEL
-UPPER, LOWER = np.arange(17) < 11, np.arange(17) >= 11      # nose to wrists, hips to ankles
+UPPER = np.arange(17) < 11          # of COCO's joints those from the nose to the wrists
+
+# -----------------------------------------------------------------------------
+# What the names of the joints tell
+
+
+def flip_order(names):
+    """For each joint the one it is called in a mirror: that with left and right, or a lone l and r
+    (l_eye), exchanged in its name; itself where there is none."""
+    names, other = [n.lower() for n in names], dict(left="right", right="left", l="r", r="l")
+    turned = [re.sub("left|right|(?<![a-z])[lr](?![a-z])", lambda m: other[m[0]], n) for n in names]
+    return [names.index(t) if t in names else i for i, t in enumerate(turned)]
+
+
+FLIP = flip_order(KEYPOINTS)
+
+
+def oks_sigmas(names):
+    """How exactly each joint can be clicked: COCO's figures for COCO's joints. For others nobody
+    has measured it; each gets the mean of COCO's."""
+    return OKS_SIGMAS if tuple(names) == KEYPOINTS else np.full(len(names), OKS_SIGMAS.mean())
 
 # -----------------------------------------------------------------------------
 # Box to crop
@@ -98,23 +120,24 @@ def warp(image, matrix, height, width):
 # Augmentation
 
 
-def random_view(box, keypoints, height, width, zoom=0.5, rotation=40.0):
+def random_view(box, keypoints, height, width, zoom=0.5, rotation=40.0, upper=UPPER):
     """ViTPose's augmentation -> centre, size, degrees, mirrored. Random numbers are torch's.
 
-    box x1 y1 x2 y2; keypoints [17, 3] photo px and visibility. Shift by up to 0.2 of the box (p
-    0.3), close-up of half of the body (p 0.3), scale N(1, zoom) cut at one standard deviation,
-    angle N(0, rotation degrees) cut at two (p 0.6), mirror (p 0.5).
+    box x1 y1 x2 y2; keypoints [J, 3] photo px and visibility. Shift by up to 0.2 of the box (p
+    0.3), close-up of half of the body (p 0.3; upper: bool [J], or None if what has these joints
+    has no halves), scale N(1, zoom) cut at one standard deviation, angle N(0, rotation degrees) cut
+    at two (p 0.6), mirror (p 0.5).
     """
-    shifts, halves, upper, turns, mirrored, *shift = torch.rand(7).tolist()
+    shifts, halves, half, turns, mirrored, *shift = torch.rand(7).tolist()
     scale, angle = torch.randn(2).tolist()
     centre, size = fit_box(box, height, width)
     if shifts < 0.3:
         centre = centre + 0.4 * (np.array(shift) - 0.5) * (np.subtract(box[2:], box[:2]))
     labelled = np.asarray(keypoints)[:, 2] > 0
-    if labelled.sum() >= 9 and halves < 0.3:
+    if upper is not None and labelled.sum() >= 9 and halves < 0.3:
         # an even chance for either half, as meant; MMPose draws from a normal distribution here,
         # so that it takes the upper body in 69 % of the cases
-        part = UPPER if upper < 0.5 or (labelled & LOWER).sum() <= 2 else LOWER
+        part = upper if half < 0.5 or (labelled & ~upper).sum() <= 2 else ~upper
         points = np.asarray(keypoints)[labelled & part, :2]
         low, high = points.min(0), points.max(0)
         centre, size = fit((low + high) / 2, high - low, height, width, padding=1.5)
@@ -123,11 +146,11 @@ def random_view(box, keypoints, height, width, zoom=0.5, rotation=40.0):
     return centre, size, float(degrees), mirrored < 0.5
 
 
-def mirror(crop, joints, labelled):
+def mirror(crop, joints, labelled, flip=FLIP):
     """Crop uint8 [3, H, W], joints [J, 2] in it, labelled [J], all seen in a mirror: what was the
-    left wrist is now called the right one."""
+    left wrist is now called the right one (flip: see flip_order)."""
     joints = np.stack([crop.shape[2] - 1 - joints[:, 0], joints[:, 1]], 1)
-    return crop.flip(2), joints[list(FLIP)], labelled[list(FLIP)]
+    return crop.flip(2), joints[flip], labelled[flip]
 
 
 # -----------------------------------------------------------------------------
@@ -152,19 +175,21 @@ def heatmap_targets(joints, labelled, crop, size, sigma=2.0):
     return y[..., :, None] * x[..., None, :] * weight[..., None, None], weight
 
 
-def flip_average(maps, mirrored):
+def flip_average(maps, mirrored, flip=FLIP):
     """Flip test: mean of heatmaps [B, J, h, w] and those of the mirrored crops, mirrored back."""
-    return (maps + mirrored.flip(3)[:, list(FLIP)]) / 2
+    return (maps + mirrored.flip(3)[:, flip]) / 2
 
 
-def blurred(maps, kernel=11):
+def blurred(maps, sigma):
     """Gaussian blur [N, h, w] -> [N, h + 2, w + 2], one pixel more on each side, so that a peak on
-    the border has neighbours. OpenCV's sigma for the kernel's width (11 px: 2.0).
+    the border has neighbours. As wide as the targets, as MMPose's: 11 px for their sigma of 2, 17
+    for 3; of a kernel's width OpenCV says the sigma.
 
     Outside, the map is zero. MMPose reflects it there, which moves a joint 1 to 3 px from a border
     outwards by up to 1.5 px; zeros move it inwards, by 0.3 px at a distance of 1.5, 0.1 at 2.5.
     """
-    sigma, half = 0.3 * ((kernel - 1) / 2 - 1) + 0.8, kernel // 2
+    half = max(1, round((sigma - 0.8) / 0.3 + 1))
+    sigma = 0.3 * (half - 1) + 0.8
     x = torch.arange(-half, half + 1, device=maps.device, dtype=maps.dtype)
     weight = torch.exp(-x ** 2 / (2 * sigma ** 2))
     weight = weight / weight.sum()
@@ -172,8 +197,9 @@ def blurred(maps, kernel=11):
     return F.conv2d(F.conv2d(maps, weight.view(1, 1, 1, -1)), weight.view(1, 1, -1, 1))[:, 0]
 
 
-def decode(maps, crop):
-    """Heatmaps [B, J, h, w] -> joints [B, J, 2] in crop px (H, W) and scores [B, J].
+def decode(maps, crop, sigma=2.0):
+    """Heatmaps [B, J, h, w] -> joints [B, J, 2] in crop px (H, W) and scores [B, J]; sigma: that of
+    the targets, heatmap px.
 
     DARK (Zhang et al. 2020) with UDP: the logarithm of a Gaussian is a parabola, so one Newton step
     from the highest pixel of the blurred map's logarithm finds its top exactly. The step is at most
@@ -183,7 +209,7 @@ def decode(maps, crop):
     maps = maps.float().flatten(0, 1)                                       # [N = B * J, h, w]
     score, place = maps.flatten(1).max(1)
     y, x = place // w, place % w
-    log = blurred(maps).clamp(1e-3, 50).log()                               # MMPose's bounds
+    log = blurred(maps, sigma).clamp(1e-3, 50).log()                               # MMPose's bounds
     near = lambda dy, dx: log[torch.arange(b * j, device=maps.device), y + 1 + dy, x + 1 + dx]
     centre, dx = near(0, 0), (near(0, 1) - near(0, -1)) / 2
     dy = (near(1, 0) - near(-1, 0)) / 2

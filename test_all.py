@@ -1026,8 +1026,6 @@ def test_toyworld_is_consistent():
             assert (s["panoptic"][stuff] == 1000 + s["semantic"][stuff].astype(int)).all()
             sky = s["semantic"] == toyworld.SKY
             assert ((s["depth"] == 0) == sky).all() and s["depth"].max() <= 10
-    assert (np.sort(toyworld.FLIP) == np.arange(17)).all()
-    assert all(toyworld.FLIP[toyworld.FLIP[i]] == i for i in range(17))
 
 
 def test_toyworld_exports_imagenet():
@@ -2540,8 +2538,8 @@ def test_pose_flip_test():
     crops = torch.randint(256, (3, 3, 64, 48), dtype=torch.uint8)
     state = training.Run(torch.device("cpu"))
     a, b = (finetune_pose.predict(net, c, args, state) for c in (crops, crops.flip(3)))
-    assert np.allclose(a[1], b[1][:, list(toyworld.FLIP)], atol=1e-4)
-    swapped = np.stack([47 - b[0][..., 0], b[0][..., 1]], -1)[:, list(toyworld.FLIP)]
+    assert np.allclose(a[1], b[1][:, pose.FLIP], atol=1e-4)
+    swapped = np.stack([47 - b[0][..., 0], b[0][..., 1]], -1)[:, pose.FLIP]
     assert (np.abs(a[0] - swapped) < 0.01).mean() > 0.95    # but for ties
     assert finetune_pose.predict(net, crops[:0], args, state)[0].shape == (0, 17, 2)
 
@@ -2589,7 +2587,7 @@ def test_pose_samples():
     """Pure functions of (seed, epoch, index); crowds and persons without joints teach nothing, but
     are in the truth; each labelled joint of a crop lies on the pixels it lay on in the photo."""
     class Source:
-        ids = [41, 42]
+        ids, joints = [41, 42], toyworld.KEYPOINTS
         def __len__(self):
             return 2
         def labels(self, i):
@@ -2693,7 +2691,7 @@ def test_two_processes_share_photos():
         def merged(self, metric):
             parts.append(metric)
             return metric
-    def exact(model, crops, args, state):
+    def exact(model, crops, args, state, flip):
         keys = [c.numpy().tobytes() for c in crops]
         return np.array([known[k] for k in keys]).reshape(-1, 17, 2), np.full((len(keys), 17), 0.5)
     real, finetune_pose.predict = finetune_pose.predict, exact
@@ -2888,7 +2886,9 @@ def test_broken_coco_files_are_named():
         ("annotations have this id", lambda c: first(c, id=2)),
         ("three points", lambda c: first(c, segmentation=[[1, 1, 3, 3]])),
         ("three points", lambda c: first(c, segmentation=[[1, 1, 3, 3, 2, 2, 1]])),
-        ("three points", lambda c: first(c, segmentation=[])),
+        ("only a box", lambda c: first(c, segmentation=[])),
+        ("'30' is no whole number", lambda c: first(c, category_id="30")),
+        ("bbox", lambda c: first(c, bbox=None)),
         ("list of", lambda c: first(c, segmentation=[[1, 1, "3", 3, 2, 2]])),
         ("finite", lambda c: first(c, segmentation=[[1, 1, 3, 3, 2, float("nan")]])),
         ("fill", lambda c: first(c, **runs([3, 4]))),
@@ -3329,6 +3329,92 @@ def test_skipping_what_is_broken():
             _, val = data.open_detection(at, 16, on_error="skip")
         assert val.source.ids == [0] and "5.png" in told.getvalue()
         assert "1 of 2 validation" in told.getvalue()
+
+
+def test_own_joints():
+    """Any category whose joints the file names: their number, what a mirror exchanges, how exactly
+    they count, all from the names; what does not fit together is refused."""
+    names = ["L_ear", "r_ear", "left paw", "Right paw", "tail", "bright_spot"]
+    assert pose.flip_order(names) == [1, 0, 3, 2, 4, 5]
+    human = pose.flip_order(toyworld.KEYPOINTS)
+    assert human == pose.FLIP == [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]
+    assert pose.oks_sigmas(toyworld.KEYPOINTS) is metrics.OKS_SIGMAS
+    assert np.allclose(pose.oks_sigmas(names), [metrics.OKS_SIGMAS.mean()] * 6)
+
+    def animal(at, split="train", joints=names, **more):
+        def change(content):
+            content["categories"] += [dict(id=31, name="dog", keypoints=joints, **more)]
+            for n, a in enumerate(content["annotations"]):
+                a |= dict(category_id=31 - n, keypoints=[2 + n, 2, 2, *[0] * 3 * (len(joints) - 1)])
+        path = little_coco(at, kind="person_keypoints") / f"annotations/person_keypoints_{split}"
+        path = path.with_name(path.name + "2017.json")
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+    with folder() as at:
+        for split in ("val", "train"):
+            animal(at / split, split)
+        for name in ("val2017.json", "train2017.json"):         # both parts with dogs
+            source = at / name.split("2")[0] / f"annotations/person_keypoints_{name}"
+            (at / "train/annotations" / source.name).write_bytes(source.read_bytes())
+        train, val = data.open_pose(at / "train", (32, 16), augment=(0.5, 40.0))
+        assert train.joints == tuple(names) and train.source.classes == ("dog",)
+        assert len(train) == 1 and val.truths[0]["keypoints"].shape == (1, 6, 3)
+        labelled = {tuple(train[(e, 0)]["labelled"].nonzero()[:, 0].tolist()) for e in range(20)}
+        assert labelled == {(0,), (1,)} and train.upper is None     # mirrored: the other ear
+        with quiet():
+            out = finetune_pose.main(args_for(
+                finetune_pose, "--data", at / "train", "--size", 32, 16, "--batch-size", 1,
+                "--steps", 1, "--workers", 0, "--out", at / "out"))
+        saved = torch.load(at / "out/last.pt", weights_only=True)
+        assert out["step"] == 1 and saved["joints"] == names
+        assert saved["model"]["offsets"].shape[0] == 6
+        path = at / "train/annotations/person_keypoints_val2017.json"
+        path.write_text(path.read_text().replace("tail", "nose"))
+        with raises(InputError, "person_keypoints_val2017.json", "joints"):
+            data.open_pose(at / "train", (32, 16))
+        animal(at / "twice", joints=["eye", "Eye"])
+        with raises(InputError, "same name"):
+            data.open_pose(at / "twice", (32, 16))
+        little_coco(at / "none", lambda c: c["categories"].pop(), "person_keypoints")
+        with raises(InputError, "joints", "none"):
+            data.open_pose(at / "none", (32, 16))
+
+
+def test_layouts_of_labelling_tools():
+    """train/_annotations.coco.json beside its photos (Roboflow, its test part is not validation),
+    one file for all, names with folders that are not there or as Windows writes them."""
+    with folder() as at:
+        little_coco(at / "a")
+        old = {s: at / f"a/annotations/instances_{s}2017.json" for s in ("train", "val")}
+        for split, part in (("train", "train"), ("val", "valid"), ("val", "test")):
+            (at / "a" / f"{split}2017").rename(at / "a" / part) if part != "test" else \
+                (at / "a/test").mkdir()
+            (at / "a" / part / "_annotations.coco.json").write_bytes(old[split].read_bytes())
+        [p.unlink() for p in old.values()]
+        train, val = read_all(at / "a", ["boxes", "classes"])
+        assert (len(train), len(val)) == (2, 1) and len(train[0]["boxes"]) == 2
+
+        def renamed(content):
+            for i in content["images"]:
+                i["file_name"] = f"C:\\photos\\{i['file_name']}"
+        little_coco(at / "b", renamed)
+        (at / "b/annotations/instances_val2017.json").unlink()
+        (at / "b/annotations/instances_train2017.json").rename(at / "b/result.json")
+        (at / "b/train2017").rename(at / "b/images")
+        train, val = read_all(at / "b", ["boxes", "classes"])
+        assert (len(train), len(val)) == (1, 1)                 # every 20th is held out
+        (at / "b/images").rename(at / "b/elsewhere")
+        with raises(InputError, "result.json", "images/train", "capitals"):
+            read_all(at / "b", ["boxes", "classes"])
+
+        def corners(content):
+            content["annotations"] = [dict(content["annotations"][0], id=i, bbox=[5, 2, 7, 5])
+                                      for i in range(20)]
+        told = io.StringIO()
+        with contextlib.redirect_stderr(told):
+            formats.open_folder(little_coco(at / "c", corners), ["boxes", "classes"])
+        assert "20 of 20 boxes reach beyond" in told.getvalue()
 
 
 def test_fractions_of_a_folder():
