@@ -115,20 +115,32 @@ def class_names(root):
     return None
 
 
-def counted_classes(root, records, first, ignore, on_error):
-    """Names 0..K-1 by looking at every training label; classes.txt saves the time."""
-    highest = -1
-    for record in tqdm(records, desc=f"counting the classes of {root} (classes.txt saves this)",
+def found_values(root, records, on_error):
+    """The values that occur in the label maps of some records, sorted."""
+    found = set()
+    for record in tqdm(records, desc=f"looking for the classes of {root} (classes.txt saves this)",
                        leave=False, disable=None):
         with contextlib.ExitStack() as stack:
             if on_error == "skip":                          # it is reported when it is read
                 stack.enter_context(contextlib.suppress(InputError))
-            values = np.unique(read_labels(record["label"]))
-            values = values[(values != IGNORE) & (values != ignore)]
-            highest = max(highest, values.max(initial=-1) - first)
-    if highest < 0:
-        raise InputError(f"--data {root}: no label of a class in the training part")
-    return [str(k + first) for k in range(highest + 1)]
+            found |= set(np.unique(read_labels(record["label"])).tolist())
+    return sorted(found)
+
+
+def class_values(root, found, names, first, ignore, on_error):
+    """Value of each class in the label maps: first, first + 1, ... for names; without names all
+    that occur in either part but 255, `ignore` and what is less than first. Where only 0 and 255
+    occur, they are the two classes of a binary mask."""
+    records = [r for _, part in found.values() for r in part]
+    values = found_values(root, records[:20] if names else records, on_error)
+    if values == [0, IGNORE] and not first and len(names or "01") == 2:
+        return values
+    if names:
+        return range(first, first + len(names))
+    values = [v for v in values if v >= first and v not in (IGNORE, ignore)]
+    if not values:
+        raise InputError(f"--data {root}: no label of a class in it")
+    return values
 
 
 def open_masks(root, keys, on_error, ignore_label=None, first_label=None):
@@ -136,24 +148,37 @@ def open_masks(root, keys, on_error, ignore_label=None, first_label=None):
     found = find_pairs(root, PHOTOS, LABELS, on_error)
     if not found:
         return None
-    labels, records = next(iter(found.values()))
+    labels, _ = next(iter(found.values()))
     ade = labels == root / "annotations" / "training"       # there 0 means unlabelled
     first = first_label if first_label is not None else int(ade)
-    names = class_names(root) or counted_classes(root, records, first, ignore_label, on_error)
+    names = class_names(root)
+    values = class_values(root, found, names, first, ignore_label, on_error)
+    names = names or [str(v) for v in values]
     limit_classes(root, names)
-    read = partial(read_semantic, first, ignore_label, len(names))
-    return both_parts(root, found, read, classes=names,
-                      category_ids=range(first, first + len(names)))
+    read = partial(read_semantic, label_table(values, first, ignore_label), values)
+    return both_parts(root, found, read, classes=names, category_ids=values)
 
 
-def read_semantic(first, ignore, count, record):
-    """Record of find_pairs -> semantic: value - first; below `first`, `ignore` and 255: IGNORE."""
-    raw = read_labels(record["label"])
-    void = (raw < first) | (raw == IGNORE) | (raw == (IGNORE if ignore is None else ignore))
-    label = np.where(void, IGNORE, raw - first)
-    if (odd := ~void & (label >= count)).any():
-        raise InputError(f"{record['label']}: label {raw[odd][0]}, but the classes are {first} to "
-                         f"{first + count - 1}; --ignore-label leaves a value out")
+def label_table(values, first, ignore):
+    """Value of a label map -> class, uint16 [65536]: IGNORE for 255, `ignore` and what is less than
+    `first`, 256 for what nobody knows."""
+    table = np.full(2 ** 16, 256, np.uint16)
+    table[:first] = table[IGNORE] = IGNORE
+    if ignore is not None:
+        table[ignore] = IGNORE
+    table[np.array(values)[[v != ignore for v in values]]] = [
+        k for k, v in enumerate(values) if v != ignore]
+    return table
+
+
+def read_semantic(table, values, record):
+    """Record of find_pairs -> semantic, classes by table; values: those of the classes."""
+    raw = read_labels(record["label"])                      # a PNG has 16 bits at most
+    label = table[raw]
+    if (odd := label > IGNORE).any():
+        raise InputError(f"{record['label']}: label {raw[odd][0]}, but the classes are {values[0]} "
+                         f"to {values[-1]}; name it in classes.txt, or --ignore-label leaves it "
+                         "out")
     return {"semantic": label.astype(np.uint8)}, raw.shape
 
 
@@ -184,14 +209,16 @@ def open_ade_instances(root, keys, on_error):
         for r in records:
             r["instances"] = root / "annotations_instance" / r["label"].relative_to(
                 root / "annotations")
-    return both_parts(root, found, partial(read_ade_instances, np.array(order), len(mapping), keys),
-                      classes=[names[k] for k in order], things=len(mapping),
+    values = range(1, len(names) + 1)
+    semantic = partial(read_semantic, label_table(values, 1, None), values)
+    read = partial(read_ade_instances, semantic, np.array(order), len(mapping), keys)
+    return both_parts(root, found, read, classes=[names[k] for k in order], things=len(mapping),
                       category_ids=[k + 1 for k in order])
 
 
-def read_ade_instances(order, things, keys, record):
+def read_ade_instances(read, order, things, keys, record):
     """Stuff from the label map, then every instance over it, as in Mask2Former's conversion."""
-    labels, size = read_semantic(1, None, len(order), record)
+    labels, size = read(record)
     digits = read_numbers(record["instances"])
     kind, number = digits & 255, digits >> 8 & 255          # class from 1, number of the instance
     if digits.shape != size:

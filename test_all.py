@@ -3170,10 +3170,11 @@ def test_mask_folders():
             read_all(at, ["semantic"])
         make(at, "val/images", "val/labels", 1)
         sources = formats.open_folder(at, ["semantic"])
-        assert [len(s) for s in sources] == [2, 2] and sources[0].classes == tuple("0123")
-        assert sources[0][1]["semantic"][:3, 0].tolist() == [3, 255, 1]
+        assert [len(s) for s in sources] == [2, 2] and sources[0].classes == tuple("013")
+        assert sources[0].category_ids == (0, 1, 3)         # 2 does not occur
+        assert sources[0][1]["semantic"][:3, 0].tolist() == [2, 255, 1]
         for how, expected, classes in ((dict(ignore_label=3), [255, 255, 1], "01"),
-                                       (dict(first_label=1), [2, 255, 0], "123"),
+                                       (dict(first_label=1), [1, 255, 0], "13"),
                                        (dict(first_label=1, ignore_label=3), [255, 255, 0], "1")):
             with quiet():
                 sources = formats.open_folder(at, ["semantic"], **how)
@@ -3205,14 +3206,40 @@ def test_mask_folders():
     with folder() as at:                                    # ADE20K: 0 is unlabelled
         for split in ("training", "validation"):
             make(at, f"images/{split}", f"annotations/{split}", 150 if split[0] == "t" else 151)
-        with raises(InputError, "validation/b.png", "label 151"):
-            read_all(at, ["semantic"])
         names = [f"{k}\t0.1\t1\t1\tclass {k}, another name" for k in range(1, 151)]
         (at / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *names]))
+        with raises(InputError, "validation/b.png", "label 151"):
+            read_all(at, ["semantic"])
         train, _ = formats.open_folder(at, ["semantic"])
         assert train.classes[149] == "class 150" and train.category_ids[149] == 150
         assert train[0]["semantic"][:3, 0].tolist() == [255, 255, 0]
         assert train[1]["semantic"][:3, 0].tolist() == [149, 255, 0]
+
+
+def test_label_values():
+    """Any values become the classes that occur in either part; 0 and 255 alone are two classes."""
+    with folder() as at:
+        for part, values in (("train", [[0, 10], [20, 255]]), ("val", [[10, 7], [0, 255]])):
+            write_png(at / f"images/{part}/a.png", np.zeros((2, 2, 3), np.uint8))
+            write_png(at / f"labels/{part}/a.png", np.array(values, np.uint16))
+        train, val = read_all(at, ["semantic"])
+        assert train[0]["semantic"].tolist() == [[0, 2], [3, 255]]
+        assert val[0]["semantic"].tolist() == [[2, 1], [0, 255]]
+        write_png(at / "labels/train/a.png", np.array([[0, 255], [255, 0]], np.uint8))
+        for names in (None, "grass\nroad"):
+            write_png(at / "labels/val/a.png", np.array([[255, 255], [255, 0]], np.uint8))
+            if names:
+                (at / "classes.txt").write_text(names)
+            train, val = read_all(at, ["semantic"])
+            assert train[0]["semantic"].tolist() == [[0, 1], [1, 0]]
+            assert val[0]["semantic"].tolist() == [[1, 1], [1, 0]]
+        (at / "classes.txt").write_text("one\ntwo\nthree")         # then 255 means no class
+        assert read_all(at, ["semantic"])[0][0]["semantic"].tolist() == [[0, 255], [255, 0]]
+        (at / "classes.txt").unlink()
+        for part in ("train", "val"):
+            write_png(at / f"labels/{part}/a.png", np.full((2, 2), 255, np.uint8))
+        with raises(InputError, "no label"), quiet():
+            formats.open_folder(at, ["semantic"])
 
 
 def test_ade20k_instances():
