@@ -35,7 +35,8 @@ def save(state, path):
 def read(path, flag):
     """Read a checkpoint of ours; plain tensors and plain types only."""
     if not Path(path).is_file():
-        raise InputError(f"{flag} {path}: no such file")
+        hint = "; pretrain.py writes it as best.pt below its --out" * (flag == "--init")
+        raise InputError(f"{flag} {path}: no such file{hint}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except BROKEN as error:
@@ -107,8 +108,15 @@ MEANING = {"preset", "window", "decoder_layers", "tasks", "queries", "many_queri
            "max_depth", "norm_pix"}
 
 
-def resume(args, model, optimizer, state):
-    """Restore OUT/last.pt with --resume, OUT/best.pt with --eval.
+def meaning(dataset):
+    """What the numbers of a network's answers mean: kept in its checkpoint, compared by resume."""
+    found = {k: getattr(dataset, k, ()) for k in ("classes", "category_ids", "joints", "things")}
+    return {k: v if k == "things" else list(v) for k, v in found.items() if v}
+
+
+def resume(args, model, optimizer, state, dataset):
+    """Restore OUT/last.pt with --resume, OUT/best.pt with --eval, if the flags and what `dataset`
+    means are still the same.
 
     Returns (step, best metric so far); (0, None) for a new run.
     """
@@ -120,9 +128,14 @@ def resume(args, model, optimizer, state):
     bound = MEANING if args.eval else now.keys() - FREE
     changed = [k for k in now if k in bound and then.get(k) != now[k]]
     if changed:
-        flag = changed[0]
-        raise InputError(f"--out {path}: was made with --{flag.replace('_', '-')} "
-                         f"{then.get(flag)}, not {now[flag]}; give the same, or another --out")
+        key, flag = changed[0], changed[0].replace("_", "-")
+        was = f"with --{flag} {then[key]}" if key in then else f"by a script without --{flag}"
+        raise InputError(f"--out {path}: was made {was}, not {now[key]}; give the same, or another "
+                         "--out")
+    for key, value in meaning(dataset).items():
+        if checkpoint.get(key, value) != value:
+            raise InputError(f"--data {args.data}: its {key.replace('_', ' ')} are not those that "
+                             f"--out {path} was trained for, with --data {then['data']}")
     try:
         model.load_state_dict(checkpoint["model"])
         if not args.eval:
@@ -130,19 +143,23 @@ def resume(args, model, optimizer, state):
     except (RuntimeError, ValueError) as error:
         raise InputError(f"--out {path}: does not fit these flags, made with --preset "
                          f"{checkpoint['preset']} ({str(error).splitlines()[0]})") from None
-    state.say(f"{path}: step {checkpoint['step']}")
+    state.say(f"{path}: step {checkpoint['step']}, trained on {then['data']}")
+    for key in ("steps", "epochs"):
+        if not args.eval and then.get(key) != now.get(key):
+            state.say(f"--{key} {now[key]} now, {then.get(key)} before")
     return checkpoint["step"], checkpoint["best"]
 
 
-def keep(args, model, optimizer, state, step, best, is_best=False, **more):
+def keep(args, model, optimizer, state, step, best, dataset, is_best=False):
     """Rank 0 writes OUT/last.pt, from which a run resumes, and OUT/best.pt, which holds no
-    optimiser. Both know what they are: config, preset, flags."""
+    optimiser. Both know what they are: config, preset, flags, what the dataset means."""
     if state.rank == 0:
         if not all(p.isfinite().all() for p in model.parameters()):
             raise FloatingPointError(f"a weight is not finite after step {step}: lower --lr; the "
                                      "last checkpoint is untouched, --resume continues from it")
         content = {"model": model.state_dict(), "step": step, "best": best, "preset": args.preset,
-                   "config": model.glid.config.to_dict(), "args": vars(args), **more}
+                   "config": model.glid.config.to_dict(), "args": vars(args),
+                   **meaning(dataset)}
         if is_best:
             save(content, Path(args.out, "best.pt"))
         save(content | {"optimizer": optimizer.state_dict()}, Path(args.out, "last.pt"))

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 import pose
 import toyworld
-from files import IGNORE, InputError, list_images, read_image, read_view
-from formats import open_folder, readable
+from files import IGNORE, SPLITS, InputError, list_images, read_image, read_view
+from formats import DEPTHS, LABELS, PHOTOS, open_folder, readable, split_folder
 from layout import Layout
 
 
@@ -223,7 +223,8 @@ def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="
     """(training set, validation set) of Pretraining samples.
 
     path: "toyworld[:COUNT]", or a folder with train/ and val/ inside (ImageNet's layout), or any
-    folder of photos, of which every 20th in path order is then kept for validation.
+    folder of photos, of which every 20th in path order is then kept for validation. Where there
+    are labels beside a folder images/, in any of the layouts of formats.py, only that is read.
     on_error "skip": validation photos are all read once, and the unreadable ones left out.
     """
     side = config.image_size // config.unit
@@ -237,16 +238,28 @@ def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="
     if count:
         sources = [ToyWorld("train", count, config.image_size),
                    ToyWorld("val", min(count, 256), config.image_size)]
-    elif Path(path, "train").is_dir():
-        train = list_images(Path(path, "train"))
-        val = Path(path, "val")
-        sources = [Photos(train), Photos(list_images(val))] if val.is_dir() else hold_out(train)
     else:
-        sources = hold_out(list_images(path))
+        train, val = photo_folders(Path(path))
+        files = list_images(train)
+        sources = [Photos(files), Photos(list_images(val))] if val else hold_out(files)
     if on_error == "skip" and not count:
         sources[1] = readable(sources[1])
     return [Pretraining(s, train, config.image_size, config.unit, mask, ratio, seed)
             for s, train in zip(sources, (True, False))]
+
+
+def photo_folders(root):
+    """Where a folder's training and validation photos are, see open_pretraining; None: no such
+    part."""
+    found = []
+    for split in ("train", "val"):
+        photos, labels = (split_folder(root, w, split) for w in (PHOTOS, LABELS + DEPTHS))
+        plain = next((root / s for s in SPLITS[split] if (root / s).is_dir()), None)
+        found.append(photos if photos and labels else plain)
+    if found[0]:
+        return found
+    photos, labels = (split_folder(root, w, None) for w in (PHOTOS, LABELS + DEPTHS))
+    return photos if photos and labels else root, None
 
 
 def hold_out(files):
@@ -381,6 +394,7 @@ class Segmentation:
     def __init__(self, source, train, size, seed, tasks=("semantic",), augment=True):
         self.source, self.train, self.seed, self.tasks = source, train, seed, tasks
         self.classes, self.things = source.classes, source.things
+        self.category_ids = source.category_ids
         self.transform = segmentation_transform(train and augment, size)
 
     def __len__(self):
@@ -458,6 +472,7 @@ class Detection:
     def __init__(self, source, train, augment, size, seed):
         self.source, self.train, self.seed = source, train, seed
         self.classes = source.classes[:source.things]
+        self.category_ids = source.category_ids[:source.things]
         self.transform = detection_transform(augment, size)
 
     def __len__(self):

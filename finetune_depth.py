@@ -158,7 +158,7 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     log.write(step=step, **errors)
     is_best = best is None or not errors["REL"] > best["REL"]          # the first one even if NaN
     best = errors if is_best else best
-    checkpoints.keep(args, model, optimizer, state, step, best, is_best)
+    checkpoints.keep(args, model, optimizer, state, step, best, val, is_best)
     return best
 
 
@@ -172,7 +172,7 @@ def main(args):
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
-    step, best = checkpoints.resume(args, model, optimizer, state)
+    step, best = checkpoints.resume(args, model, optimizer, state, val)
     if args.eval or step >= args.steps:
         errors = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))
         state.say(f"{words(errors)} of {errors['images']} images, step {step}")
@@ -215,7 +215,7 @@ def main(args):
         if ends:
             best = conclude(model, val, args, state, step, best, optimizer, log)
         elif saves:
-            checkpoints.keep(args, model, optimizer, state, step, best)
+            checkpoints.keep(args, model, optimizer, state, step, best, val)
     bar.close()
     state.say(f"best of {step} steps: {words(best)}; {args.out}/samples/{step:06d}.png")
     return best | {"step": step}

@@ -109,8 +109,7 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     log.write(step=step, **{k: result[k] for k in HEADLINE})
     is_best = best is None or not result["AP"] < best                  # the first one even if NaN
     best = result["AP"] if is_best else best
-    checkpoints.keep(args, model, optimizer, state, step, best, is_best,
-                     classes=list(val.classes), category_ids=list(val.source.category_ids))
+    checkpoints.keep(args, model, optimizer, state, step, best, val, is_best)
     return best
 
 
@@ -132,7 +131,7 @@ def main(args):
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
-    step, best = checkpoints.resume(args, model, optimizer, state)
+    step, best = checkpoints.resume(args, model, optimizer, state, val)
     steps = training.schedule(len(train), args, state)
     if args.eval or step >= steps:
         ap = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))["AP"]
@@ -177,8 +176,7 @@ def main(args):
         if ends:
             best = conclude(model, val, args, state, step, best, optimizer, log)
         elif saves:
-            checkpoints.keep(args, model, optimizer, state, step, best, classes=list(val.classes),
-                             category_ids=list(val.source.category_ids))
+            checkpoints.keep(args, model, optimizer, state, step, best, val)
     bar.close()
     state.say(f"best box AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
     return {"AP": best, "step": step}

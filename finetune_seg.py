@@ -201,8 +201,7 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     found = main_metrics(results)
     is_best = best is None or not sum(found.values()) < sum(best.values())     # first: even if NaN
     best = found if is_best else best
-    checkpoints.keep(args, model, optimizer, state, step, best, is_best, classes=list(val.classes),
-                     things=val.things, category_ids=list(val.source.category_ids))
+    checkpoints.keep(args, model, optimizer, state, step, best, val, is_best)
     return best
 
 
@@ -241,7 +240,7 @@ def main(args):
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
-    step, best = checkpoints.resume(args, model, optimizer, state)
+    step, best = checkpoints.resume(args, model, optimizer, state, val)
     if args.eval or step >= args.steps:
         results = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))
         state.say(f"{words(results)} of {len(val)} images, step {step}")
@@ -286,8 +285,7 @@ def main(args):
         if ends:
             best = conclude(model, val, args, state, step, best, optimizer, log)
         elif saves:
-            checkpoints.keep(args, model, optimizer, state, step, best, classes=list(val.classes),
-                             things=val.things, category_ids=list(val.source.category_ids))
+            checkpoints.keep(args, model, optimizer, state, step, best, val)
     bar.close()
     state.say(f"best {words(best)} in {step} steps; {args.out}/samples/{step:06d}.png")
     return best | {"step": step}

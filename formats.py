@@ -37,6 +37,7 @@ from files import (
 
 PHOTOS = ("images", "image", "img", "rgb", "photos", "img_dir")
 LABELS = ("annotations", "labels", "masks", "label", "mask", "ann_dir")
+DEPTHS = ("depth", "depths")
 EXPECTED = {
     "depth": "BTS's lists *_train_files_with_gt.txt and *_test_files_with_gt.txt, or "
              "{train,val}/{rgb,depth} with 16-bit PNGs of the photos' names",
@@ -243,7 +244,7 @@ def read_ade_instances(read, order, things, keys, record):
 
 
 def open_depth_pairs(root, on_error, scale):
-    found = find_pairs(root, PHOTOS, ("depth", "depths"), on_error)
+    found = find_pairs(root, PHOTOS, DEPTHS, on_error)
     return both_parts(root, found, partial(read_metres, scale)) if found else None
 
 

@@ -106,7 +106,7 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     best = loss if is_best else best
     if state.rank == 0:
         picture(model, val, Path(args.out, "samples", f"{step:06d}.png"), state)
-    checkpoints.keep(args, model, optimizer, state, step, best, is_best)
+    checkpoints.keep(args, model, optimizer, state, step, best, val, is_best)
     return best
 
 
@@ -121,7 +121,7 @@ def main(args):
     model = Pretrainer(config, args.norm_pix).to(state.device)
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay),
                                   betas=(0.9, 0.95), fused=True)
-    step, best = checkpoints.resume(args, model, optimizer, state)
+    step, best = checkpoints.resume(args, model, optimizer, state, val)
 
     per_epoch = training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
     steps = args.steps or args.epochs * per_epoch
@@ -164,7 +164,7 @@ def main(args):
         if ends:
             best = conclude(model, val, args, state, step, best, optimizer, log)
         elif saves:
-            checkpoints.keep(args, model, optimizer, state, step, best)
+            checkpoints.keep(args, model, optimizer, state, step, best, val)
     bar.close()
     state.say(f"validation error {best:.4f} after {step} steps; {args.out}/best.pt, "
               f"{args.out}/samples/{step:06d}.png")

@@ -929,8 +929,23 @@ def test_folders_of_photos():
         assert (len(train), len(val)) == (23, 2) and len(set(files)) == 25
         write_photo(at / "layout/train/n01/a.JPEG", format="JPEG")
         write_photo(at / "layout/val/n01/b.JPEG", format="JPEG")
+        for part in ("val", "validation", "valid"):
+            train, val = data.open_pretraining(at / "layout", TINY)
+            assert (train.source.files[0].name, val.source.files[0].name) == ("a.JPEG", "b.JPEG")
+            (at / "layout" / part).rename(at / "layout" / {"val": "validation"}.get(part, "valid"))
+        (at / "layout/train").rename(at / "layout/other")       # valid/ alone is no validation part
         train, val = data.open_pretraining(at / "layout", TINY)
-        assert (train.source.files[0].name, val.source.files[0].name) == ("a.JPEG", "b.JPEG")
+        assert len(train) == len(val) == 1
+        for n, names in enumerate((("images/train/a", "labels/train/a", "images/val/b",
+                                    "labels/val/b"), ("train/rgb/a", "val/rgb/b", "train/depth/a",
+                                                      "val/depth/b"), ("images/a", "images/b",
+                                                                       "masks/a", "masks/b"))):
+            for name in names:                                  # labels are no photos
+                write_photo(at / f"{n}" / f"{name}.png")
+            train, val = data.open_pretraining(at / f"{n}", TINY)
+            found = train.source.files + val.source.files
+            assert len(found) == 2 and not {"labels", "depth", "masks"} & set(
+                sum((f.parts for f in found), ()))
         (at / "none").mkdir()
         for bad in ("none", "missing"):
             with raises(InputError, str(at / bad)):
@@ -2295,7 +2310,7 @@ def test_depth_keeps_the_lowest_error():
         args, state = args_for(finetune_depth, "--out", at), training.Run(torch.device("cpu"))
         net, kept, best = depth_net(), [], None
         real = finetune_depth.evaluate, checkpoints.keep
-        checkpoints.keep = lambda *a: kept.append((a[4], a[5]["REL"], a[6]))
+        checkpoints.keep = lambda *a: kept.append((a[4], a[5]["REL"], a[7]))
         log = training.Log(args, state, 0)
         try:
             for step, rel in ((1, 0.3), (2, 0.2), (3, 0.4)):
@@ -3478,6 +3493,12 @@ def test_scripts_run_on_folders():
                 names = toyworld.THINGS if n < 2 else toyworld.CLASSES
                 assert kept["classes"] == list(names)
                 assert kept["category_ids"] == [4 * k + 3 for k in range(len(names))]
+            if n == 0:                                          # the map is compared, not only kept
+                for path in (places[kind] / "annotations").glob("instances*"):
+                    path.write_text(path.read_text().replace('"ball"', '"bell"'))
+                with raises(InputError, "--data", "classes", str(out)), quiet():
+                    script.main(args_for(script, *flags, "--eval"))
+                places[kind] = exported(at / "again", kind, 2)
 
 
 def test_real_files():
@@ -3534,7 +3555,7 @@ def test_pretrained_parts_load_bit_equal():
         net, state = noisy(Pretrainer(TINY)), training.Run(torch.device("cpu"))
         args = args_for(pretrain, "--out", at)
         optimizer = torch.optim.AdamW(net.parameters())
-        checkpoints.keep(args, net, optimizer, state, 5, 0.1, is_best=True)
+        checkpoints.keep(args, net, optimizer, state, 5, 0.1, None, is_best=True)
         for parts in (["backbone"], ["backbone", "bifpn"], list(checkpoints.PARTS)):
             task = Segmenter(TINY, {"semantic": 6}, {"semantic": 3})
             checkpoints.load_parts(task.glid, at / "best.pt", parts, state)
@@ -3664,14 +3685,14 @@ def test_loops_do_what_they_say():
         args.resume = True
         assert finetune_seg.main(args)["step"] == 3
         best = torch.load(at / "s/last.pt")["best"]
-        assert checkpoints.resume(args, net, optimizer, state) == (3, best)
+        assert checkpoints.resume(args, net, optimizer, state, train) == (3, best)
         args.weight_decay = 0.1
         with raises(InputError, "--weight-decay", "0.05"):
-            checkpoints.resume(args, net, optimizer, state)
+            checkpoints.resume(args, net, optimizer, state, train)
         net.head = torch.nn.Linear(1, 1)
         torch.nn.init.constant_(net.head.weight, math.nan)
         with raises(FloatingPointError, "--lr"):
-            checkpoints.keep(args, net, optimizer, state, 9, 0.0)
+            checkpoints.keep(args, net, optimizer, state, 9, 0.0, train)
         assert torch.load(at / "s/last.pt")["step"] == 3
 
 
@@ -3773,18 +3794,16 @@ def test_the_first_checkpoint_is_kept_whatever_its_metric():
     values = {"AP": 0.5, "mIoU": 0.5, "REL": 0.5}
     with folder() as at, quiet():
         for script in (*FINETUNING, pretrain):
-            class Val:
-                classes, things, source = (), 0, argparse.Namespace(category_ids=())
             kept, best = [], None
             before = script.evaluate, checkpoints.keep
-            checkpoints.keep = lambda *a, kept=kept, **k: kept.append(a[6])
+            checkpoints.keep = lambda *a, kept=kept: kept.append(a[7])
             try:
                 for factor in (math.nan, 1, 2, 1):
                     found = {k: v * factor for k, v in values.items()}
                     found |= dict.fromkeys(getattr(script, "HEADLINE", ()), found["AP"])
                     script.evaluate = lambda *a, f=found, s=script: f["REL"] if s is pretrain else f
                     state = argparse.Namespace(rank=1)
-                    best = script.conclude(None, Val, argparse.Namespace(out=at), state, 1, best,
+                    best = script.conclude(None, None, argparse.Namespace(out=at), state, 1, best,
                                            None, training.Log(argparse.Namespace(out=at), state, 0))
             finally:
                 script.evaluate, checkpoints.keep = before

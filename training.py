@@ -400,6 +400,12 @@ class Progress:
                            "each named above")
 
 
+def some(names, most=24):
+    """The first names and the last, if they are many."""
+    names = list(names)
+    return ", ".join(names if len(names) <= most else [*names[:most - 2], "...", names[-1]])
+
+
 def describe(state, model, train, val, batch, steps, lr):
     """What a run prints before it starts."""
     parts = {name: sum(p.numel() for p in part.parameters()) / 1e6
@@ -407,9 +413,11 @@ def describe(state, model, train, val, batch, steps, lr):
     parts["heads"] = sum(p.numel() for p in model.parameters()) / 1e6 - sum(parts.values())
     state.say("parameters (M): " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
     if classes := getattr(train, "classes", ()):
-        ids = [f"{i} {name}" for i, name in zip(train.source.category_ids, classes)]
-        ids = ids[:5] + ["..."] * (len(ids) > 6) + ids[5:][-1:]
-        state.say(f"{len(classes)} classes, labels 0 to {len(classes) - 1}: {', '.join(ids)}")
+        ids = [f"{i} {name}" for i, name in zip(train.category_ids, classes)]
+        state.say(f"{len(classes)} classes, labels 0 to {len(classes) - 1}: {some(ids)}")
+    if joints := getattr(train, "joints", ()):
+        pairs = sum(other > i for i, other in enumerate(train.flip))
+        state.say(f"{len(joints)} joints, {pairs} pairs that a mirror exchanges: {some(joints)}")
     state.say(f"{len(train)} training and {len(val)} validation images; {steps} steps of {batch} "
               f"images; peak learning rate {lr:.3g}")
 
