@@ -162,6 +162,19 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     return best
 
 
+def spread(samples, args):
+    """The depths of up to 20 training samples in a line: a wrong --depth-scale shows in it."""
+    some = range(0, len(samples), -(-len(samples) // 20))
+    depth = torch.cat([samples[0, i]["depth"].as_subclass(torch.Tensor).flatten() for i in some])
+    measured = depth[depth > 0]
+    if not len(measured):
+        return "no depth is measured in the training photos looked at"
+    beyond = ((measured < args.min_depth) | (measured > args.max_depth)).float().mean()
+    return (f"depth {measured.min():.2f} to {measured.max():.2f} m, median {measured.median():.2f} "
+            f"m, {beyond:.0%} of it beyond {args.min_depth:g} to {args.max_depth:g} m; measured at "
+            f"{len(measured) / len(depth):.0%} of the pixels")
+
+
 def main(args):
     """Train; returns the errors of the best checkpoint, see evaluate, and "step"."""
     state = training.start(args)
@@ -184,8 +197,10 @@ def main(args):
     training.compile_model(model, args)
     ddp = state.wrap(model)
     batches = training.Batches(len(train), args, state, step, args.steps)
-    loader = training.Timed(training.loader(training.forgiving(train, args), batches, collate,
-                                            model.glid.config, args, state))
+    samples = training.forgiving(train, args)
+    state.say(spread(samples, args))
+    loader = training.Timed(training.loader(samples, batches, collate, model.glid.config, args,
+                                            state))
     log = training.Log(args, state, step)
     bar = training.Progress(step, args.steps, "depth", loader, state, total_batch)
     model.train()

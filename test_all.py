@@ -2321,6 +2321,19 @@ def test_depth_keeps_the_lowest_error():
         assert kept == [(1, 0.3, True), (2, 0.2, True), (3, 0.2, False)]
 
 
+def test_depth_range_is_told():
+    """Least, greatest and median measured depth, what is beyond the bins, and the holes."""
+    class Samples:
+        def __len__(self):
+            return 45                                           # every third is looked at
+        def __getitem__(self, at):
+            assert at[1] % 3 == 0
+            return {"depth": torch.tensor([[0.0, 2 + at[1]], [0.5, 1]])}
+    line = finetune_depth.spread(Samples(), args_for(finetune_depth))
+    assert line.startswith("depth 0.50 to 44.00 m, median 1.00 m, 27% of it beyond 0.001 to 10 m")
+    assert line.endswith("75% of the pixels")
+
+
 def test_depth_wrong_input():
     with folder() as at, quiet():
         for flags, word in ((["--min-depth", 9, "--max-depth", 8], "--min-depth"),

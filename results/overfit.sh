@@ -42,9 +42,11 @@ END
 fit real-detection finetune_det.py --data "$data/coco" --data-fraction "$(share 120)" \
     --queries 60 --many-queries 120 --steps 800 --eval-every 400
 fit real-semantic finetune_seg.py --data "$data/ADEChallengeData2016" \
-    --data-fraction "$(share 207)" --size 128 --queries 64 --steps 500 --eval-every 250
+    --data-fraction "$(share 207)" --size 256 --points 2048 --queries 64 --steps 800 \
+    --eval-every 200
 fit real-instance finetune_seg.py --tasks instance --data "$data/coco" \
-    --data-fraction "$(share 119)" --size 160 --queries 64 --steps 600 --eval-every 300
+    --data-fraction "$(share 119)" --size 256 --points 2048 --queries 64 --steps 400 \
+    --eval-every 200
 fit real-panoptic finetune_seg.py --tasks panoptic --data "$data/coco" \
     --data-fraction "$(share 40)" --size 128 --queries 64 --steps 500 --eval-every 250
 fit real-depth finetune_depth.py --data $small --steps 300 --eval-every 150
