@@ -44,9 +44,10 @@ FLIP = flip_order(KEYPOINTS)
 
 
 def oks_sigmas(names):
-    """How exactly each joint can be clicked: COCO's figures for COCO's joints. For others nobody
-    has measured it; each gets the mean of COCO's."""
-    return OKS_SIGMAS if tuple(names) == KEYPOINTS else np.full(len(names), OKS_SIGMAS.mean())
+    """How exactly each joint can be clicked: what COCO measured for the joint of this name, or for
+    other names the mean of COCO's."""
+    known = dict(zip(KEYPOINTS, OKS_SIGMAS))
+    return np.array([known.get(name, OKS_SIGMAS.mean()) for name in names])
 
 # -----------------------------------------------------------------------------
 # Box to crop
