@@ -105,7 +105,7 @@ FREE = {"resume", "eval", "workers", "out", "compile", "save_every", "eval_every
         "batch_size", "accumulate", "steps", "epochs", "on_error"}
 # without the same, weights mean something else: may not even differ when they are only evaluated
 MEANING = {"preset", "window", "decoder_layers", "tasks", "queries", "many_queries", "min_depth",
-           "max_depth", "norm_pix"}
+           "max_depth", "norm_pix", "sigma"}
 
 
 def meaning(dataset):
@@ -129,13 +129,17 @@ def resume(args, model, optimizer, state, dataset):
     changed = [k for k in now if k in bound and then.get(k) != now[k]]
     if changed:
         key, flag = changed[0], changed[0].replace("_", "-")
-        was = f"with --{flag} {then[key]}" if key in then else f"by a script without --{flag}"
-        raise InputError(f"--out {path}: was made {was}, not {now[key]}; give the same, or another "
-                         "--out")
+        if key not in then:
+            raise InputError(f"--out {path}: was made by another script, without --{flag}; give "
+                             "another --out")
+        raise InputError(f"--out {path}: was made with --{flag} {then[key]}, not {now[key]}; give "
+                         "the same, or another --out")
     for key, value in meaning(dataset).items():
-        if checkpoint.get(key, value) != value:
-            raise InputError(f"--data {args.data}: its {key.replace('_', ' ')} are not those that "
-                             f"--out {path} was trained for, with --data {then['data']}")
+        was = checkpoint.get(key, value)
+        if key != "category_ids" and was != value:          # ids may differ, if names do not
+            raise InputError(f"--data {args.data}: its {key} are {str(value)[:200]}, but --out "
+                             f"{path} was trained for {str(was)[:200]} (--data {then['data']}; "
+                             "classes.txt tells those of label maps)")
     try:
         model.load_state_dict(checkpoint["model"])
         if not args.eval:
@@ -145,7 +149,7 @@ def resume(args, model, optimizer, state, dataset):
                          f"{checkpoint['preset']} ({str(error).splitlines()[0]})") from None
     state.say(f"{path}: step {checkpoint['step']}, trained on {then['data']}")
     for key in ("steps", "epochs"):
-        if not args.eval and then.get(key) != now.get(key):
+        if not args.eval and now.get(key) and then.get(key) != now[key]:
             state.say(f"--{key} {now[key]} now, {then.get(key)} before")
     return checkpoint["step"], checkpoint["best"]
 

@@ -27,8 +27,7 @@ from toyworld import KEYPOINTS
 # what an entry raises that is not as it should be
 BAD = (KeyError, TypeError, ValueError, OverflowError, AttributeError)
 LISTS = ("images", "annotations", "categories")
-# what a file's name may say it holds
-KINDS = ("instance", "keypoint", "panoptic", "caption", "stuff", "image_info", "detection")
+KINDS = ("instance", "keypoint", "panoptic", "stuff")       # what a file's name may say it holds
 
 
 def why(error):
@@ -61,10 +60,8 @@ def an_id(value):
 def read_categories(path, content, kind):
     """-> list of (category id, name, is it a thing), things first, each in order of the ids.
     Of a file of keypoints only what has joints; in a file of instances all are things."""
-    found, entries = [], content["categories"]
-    if kind == "keypoints":
-        entries = jointed(path, entries)
-    for n, entry in enumerate(entries):
+    found = []
+    for n, entry in enumerate(content["categories"]):
         try:
             require(type(entry["id"]) is int, "its id must be a whole number")
             require(kind != "panoptic" or entry["isthing"] in (0, 1), "isthing must be 0 or 1")
@@ -77,12 +74,15 @@ def read_categories(path, content, kind):
         raise InputError(f"{path}: no category")
     if len({i for i, _, _ in found}) < len(found):
         raise InputError(f"{path}: two categories have the same id")
+    if kind == "keypoints":
+        only = jointed(path, content["categories"])["id"]
+        found = [c for c in found if c[0] == only]
     return sorted(found, key=lambda c: (not c[2], c[0]))
 
 
 def jointed(path, entries):
     """Of a file's categories the one with joints: that which names them, or "person"."""
-    named = [e for e in entries if isinstance(e.get("keypoints"), list) and e["keypoints"]]
+    named = [e for e in entries if named_joints(e)]
     found = named or [e for e in entries if e.get("name") == "person"]
     if len(found) > 1:
         found = [e for e in found if e.get("name") == "person"] or found
@@ -90,12 +90,17 @@ def jointed(path, entries):
         names = [e.get("name") for e in found]
         raise InputError(f'{path}: one category must have joints, its "keypoints" naming them, or '
                          f"be called person and have COCO's; here {names or 'none'}")
-    return found
+    return found[0]
+
+
+def named_joints(entry):
+    joints = entry.get("keypoints")
+    return joints if isinstance(joints, list) else []
 
 
 def joint_names(path, content):
     """Names of the joints, () in a file without; COCO's 17 where the category does not say."""
-    names = jointed(path, content["categories"])[0].get("keypoints") or KEYPOINTS
+    names = named_joints(jointed(path, content["categories"])) or KEYPOINTS
     if len({str(n).lower() for n in names}) < len(names):
         raise InputError(f"{path}: two joints have the same name")
     return tuple(map(str, names))
@@ -136,15 +141,18 @@ def read_images(root, path, content, split, on_error):
 def photo_folder(root, path, split, names):
     """Where the photos of a COCO file lie: the first place that holds one of the first photos, by
     the name the file gives or, if none has it, without folders: -> (place, was it without)."""
-    places = [path.stem.split("_")[-1], *SPLITS[split]]                     # as in train2017
-    places = [p for p in (*places, *(f"images/{p}" for p in places), "images", "")]
-    for bare in (False, True):
+    own = path.parent.relative_to(root).parts                               # Roboflow: beside it
+    parts = [path.stem.split("_")[-1], *SPLITS[split]]                      # as in train2017
+    places = [p for p in own if p != "annotations"]
+    places = dict.fromkeys((*places, *parts, *(f"images/{p}" for p in parts), "images", ""))
+    unique = len({Path(n).name for n in names}) == len(names)
+    for bare in (False, True)[:1 + unique]:
         for place in places:
             if any((root / place / (Path(n).name if bare else n)).is_file() for n in names[:20]):
                 return root / place, bare
     raise InputError(f"{path}: its photos ({', '.join(names[:1]) or 'none listed'}) are not in "
-                     f"{root}, nor below it in {', '.join(places[:-1])}; names must be equal, "
-                     "capitals too")
+                     f"{root}, nor below it in {', '.join(filter(None, places))}; names must "
+                     "be equal, capitals too")
 
 
 def parse_object(entry, count, masks):
@@ -336,19 +344,27 @@ def open_coco(root, word, read, kind, keys, on_error):
     return [train, val]
 
 
+def is_coco(path):
+    try:
+        return bool(read_json(path, LISTS))
+    except InputError:
+        return False
+
+
 def coco_files(root, word):
     """[training, validation] file, None where there is none.
 
     Those with `word` in their names; for instances and keypoints, if there are none, those that
-    name no kind at all, as labelling tools write them: train.json, or train/_annotations.coco.json
-    beside its photos (Roboflow). One file that names no part, as result.json, is all there is.
+    name no kind but are COCO's inside, as labelling tools write them: train.json, or
+    train/_annotations.coco.json beside its photos (Roboflow). One file that names no part, as
+    result.json, is all there is.
     """
     parts = [root / s for names in SPLITS.values() for s in names]
     every = [p for place in (root / "annotations", root, *parts)
              for p in sorted(place.glob("*.json"))]
     found = [p for p in every if word in p.name.lower()]
     if not found and word != "panoptic":
-        found = [p for p in every if not any(k in p.name.lower() for k in KINDS)]
+        found = [p for p in every if not any(k in p.name.lower() for k in KINDS) and is_coco(p)]
     files = []
     for split in SPLITS:
         own = [p for p in found if p not in files and (         # "trainval" once

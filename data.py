@@ -26,7 +26,7 @@ from tqdm import tqdm
 import pose
 import toyworld
 from files import IGNORE, SPLITS, InputError, list_images, read_image, read_view
-from formats import DEPTHS, LABELS, PHOTOS, open_folder, readable, split_folder
+from formats import DEPTHS, LABELS, PHOTOS, open_folder, readable, split_folders
 from layout import Layout
 
 
@@ -224,7 +224,7 @@ def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="
 
     path: "toyworld[:COUNT]", or a folder with train/ and val/ inside (ImageNet's layout), or any
     folder of photos, of which every 20th in path order is then kept for validation. Where there
-    are labels beside a folder images/, in any of the layouts of formats.py, only that is read.
+    are labels beside a folder images/, or depth maps beside rgb/, only that is read.
     on_error "skip": validation photos are all read once, and the unreadable ones left out.
     """
     side = config.image_size // config.unit
@@ -253,12 +253,14 @@ def photo_folders(root):
     part."""
     found = []
     for split in ("train", "val"):
-        photos, labels = (split_folder(root, w, split) for w in (PHOTOS, LABELS + DEPTHS))
-        plain = next((root / s for s in SPLITS[split] if (root / s).is_dir()), None)
-        found.append(photos if photos and labels else plain)
+        plain = [root / s if (root / s).is_dir() else None for s in SPLITS[split]]
+        pairs = split_folders(root, split, PHOTOS, LABELS + DEPTHS)
+        places = (photos if photos and (labels or not p) else p
+                  for p, (photos, labels) in zip(plain, pairs))
+        found.append(next(filter(None, places), None))
     if found[0]:
         return found
-    photos, labels = (split_folder(root, w, None) for w in (PHOTOS, LABELS + DEPTHS))
+    [(photos, labels)] = split_folders(root, None, PHOTOS, LABELS + DEPTHS)
     return photos if photos and labels else root, None
 
 

@@ -12,6 +12,7 @@ Loss, augmentation, schedule and test are BinsFormer's. Without its losses on in
 scene classifier: the paper names one loss, the scale-invariant one. OUT holds last.pt, best.pt (by
 relative error), log.jsonl and samples/*.png: photo, truth, prediction, black = no measurement.
 """
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -162,17 +163,19 @@ def conclude(model, val, args, state, step, best, optimizer, log):
     return best
 
 
-def spread(samples, args):
-    """The depths of up to 20 training samples in a line: a wrong --depth-scale shows in it."""
-    some = range(0, len(samples), -(-len(samples) // 20))
-    depth = torch.cat([samples[0, i]["depth"].as_subclass(torch.Tensor).flatten() for i in some])
+def spread(source, args):
+    """The depths of up to 16 training photos in a line: a wrong --depth-scale shows in it."""
+    depth = torch.zeros(1)
+    for i in range(0, len(source), -(-len(source) // 16)):
+        with contextlib.suppress(*[InputError] * (args.on_error == "skip")):    # told when trained
+            depth = torch.cat([depth, source.labels(i)["depth"][::4, ::4].flatten()])
     measured = depth[depth > 0]
     if not len(measured):
         return "no depth is measured in the training photos looked at"
     beyond = ((measured < args.min_depth) | (measured > args.max_depth)).float().mean()
     return (f"depth {measured.min():.2f} to {measured.max():.2f} m, median {measured.median():.2f} "
             f"m, {beyond:.0%} of it beyond {args.min_depth:g} to {args.max_depth:g} m; measured at "
-            f"{len(measured) / len(depth):.0%} of the pixels")
+            f"{len(measured) / max(1, len(depth) - 1):.0%} of the pixels")
 
 
 def main(args):
@@ -193,14 +196,14 @@ def main(args):
     training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
     total_batch = args.batch_size * state.world * args.accumulate
     training.describe(state, model, train, val, total_batch, args.steps, args.lr)
+    if state.rank == 0:
+        state.say(spread(train.source, args))
 
     training.compile_model(model, args)
     ddp = state.wrap(model)
     batches = training.Batches(len(train), args, state, step, args.steps)
-    samples = training.forgiving(train, args)
-    state.say(spread(samples, args))
-    loader = training.Timed(training.loader(samples, batches, collate, model.glid.config, args,
-                                            state))
+    loader = training.Timed(training.loader(training.forgiving(train, args), batches, collate,
+                                            model.glid.config, args, state))
     log = training.Log(args, state, step)
     bar = training.Progress(step, args.steps, "depth", loader, state, total_batch)
     model.train()

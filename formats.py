@@ -38,6 +38,7 @@ from files import (
 PHOTOS = ("images", "image", "img", "rgb", "photos", "img_dir")
 LABELS = ("annotations", "labels", "masks", "label", "mask", "ann_dir")
 DEPTHS = ("depth", "depths")
+BINARY = (0, IGNORE)                    # values of the two classes where no others occur
 EXPECTED = {
     "depth": "BTS's lists *_train_files_with_gt.txt and *_test_files_with_gt.txt, or "
              "{train,val}/{rgb,depth} with 16-bit PNGs of the photos' names",
@@ -56,12 +57,15 @@ EXPECTED = {
 # Folders of pairs: label maps, ADE20K, depth
 
 
-def split_folder(root, words, split):
-    """root/word/split or root/split/word, the first that is there; split None: root/word."""
-    places = [root / p for w in words for s in SPLITS.get(split, ())
-              for p in (f"{w}/{s}", f"{s}/{w}")]
-    places = places if split else [root / w for w in words]
-    return next((p for p in places if p.is_dir()), None)
+def split_folders(root, split, *groups):
+    """For each group of words the first folder root/word/part or root/part/word that is there, or
+    None; a list of such tuples, one for each name that the split may have, e.g. val and valid.
+    split None: root/word."""
+    found = []
+    for part in SPLITS.get(split, ("",)):
+        found.append(tuple(next((p for w in words for p in (root / w / part, root / part / w)
+                                 if p.is_dir()), None) for words in groups))
+    return found
 
 
 def find_pairs(root, photo_words, label_words, on_error):
@@ -70,11 +74,13 @@ def find_pairs(root, photo_words, label_words, on_error):
     None."""
     found = {}
     for split in ("train", "val", None):
-        photos, labels = (split_folder(root, w, split) for w in (photo_words, label_words))
-        half = (photos or labels) if split == "val" and found and not (photos and labels) else None
-        if half and "test" not in half.relative_to(root).parts:     # a test part has no labels
-            refuse(f"{half}: the {'label PNGs' if photos else 'photos'} of this part are missing",
-                   on_error)
+        pairs = split_folders(root, split, photo_words, label_words)
+        photos, labels = next((p for p in pairs if all(p)), (None, None))
+        for half in (p for p in pairs if split == "val" and found and any(p) and not all(p)):
+            place, words = (half[0], label_words) if half[0] else (half[1], photo_words)
+            if "test" not in place.relative_to(root).parts:         # a test part has no labels
+                refuse(f"{place}: nothing belongs to it; expected {' or '.join(words)} for it",
+                       on_error)
         if not photos or not labels or (split is None and (found or not any(
                 p.suffix.lower() == ".png" for p in labels.iterdir()))):
             continue
@@ -116,8 +122,8 @@ def class_names(root):
     return None
 
 
-def found_values(root, records, on_error):
-    """The values that occur in the label maps of some records, sorted."""
+def found_values(root, records, on_error, within=None):
+    """The set of values in the label maps; within: stop as soon as one is not among these."""
     found = set()
     for record in tqdm(records, desc=f"looking for the classes of {root} (classes.txt saves this)",
                        leave=False, disable=None):
@@ -125,20 +131,28 @@ def found_values(root, records, on_error):
             if on_error == "skip":                          # it is reported when it is read
                 stack.enter_context(contextlib.suppress(InputError))
             found |= set(np.unique(read_labels(record["label"])).tolist())
-    return sorted(found)
+        if within and not found <= within:
+            break
+    return found
 
 
 def class_values(root, found, names, first, ignore, on_error):
     """Value of each class in the label maps: first, first + 1, ... for names; without names all
     that occur in either part but 255, `ignore` and what is less than first. Where only 0 and 255
     occur, they are the two classes of a binary mask."""
-    records = [r for _, part in found.values() for r in part]
-    values = found_values(root, records[:20] if names else records, on_error)
-    if values == [0, IGNORE] and not first and len(names or "01") == 2:
-        return values
+    if names and first + len(names) > 2 ** 16:
+        raise InputError(f"--first-label {first}: {len(names)} classes from there on do not fit "
+                         "into 16 bits")
+    records, binary, values = [r for _, part in found.values() for r in part], {0, IGNORE}, set()
+    if not names:
+        values = found_values(root, records, on_error)
+    elif len(names) == 2 and not first:
+        values = found_values(root, records, on_error, within=binary)
+    if values == binary and not first and ignore not in binary:
+        return BINARY
     if names:
         return range(first, first + len(names))
-    values = [v for v in values if v >= first and v not in (IGNORE, ignore)]
+    values = sorted(v for v in values if v >= first and v not in (IGNORE, ignore))
     if not values:
         raise InputError(f"--data {root}: no label of a class in it")
     return values
@@ -164,11 +178,9 @@ def label_table(values, first, ignore):
     """Value of a label map -> class, uint16 [65536]: IGNORE for 255, `ignore` and what is less than
     `first`, 256 for what nobody knows."""
     table = np.full(2 ** 16, 256, np.uint16)
-    table[:first] = table[IGNORE] = IGNORE
-    if ignore is not None:
-        table[ignore] = IGNORE
-    table[np.array(values)[[v != ignore for v in values]]] = [
-        k for k, v in enumerate(values) if v != ignore]
+    table[list(values)] = range(len(values))
+    table[:first] = IGNORE
+    table[[v for v in (IGNORE, ignore) if v is not None and values is not BINARY]] = IGNORE
     return table
 
 

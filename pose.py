@@ -34,9 +34,11 @@ UPPER = np.arange(17) < 11          # of COCO's joints those from the nose to th
 
 def flip_order(names):
     """For each joint the one it is called in a mirror: that with left and right, or a lone l and r
-    (l_eye), exchanged in its name; itself where there is none."""
-    names, other = [n.lower() for n in names], dict(left="right", right="left", l="r", r="l")
-    turned = [re.sub("left|right|(?<![a-z])[lr](?![a-z])", lambda m: other[m[0]], n) for n in names]
+    (l_eye, LEye), exchanged in its name; itself where there is none."""
+    sides = "left|right|(?<![a-z])[lr](?![a-z])"
+    other = dict(left="right", right="left", l="r", r="l")
+    names = [re.sub("^([LlRr])(?=[A-Z][a-z])", r"\1_", n).lower() for n in names]
+    turned = [re.sub(sides, lambda m: other[m[0]], n) for n in names]
     return [names.index(t) if t in names else i for i, t in enumerate(turned)]
 
 

@@ -1127,7 +1127,7 @@ def test_collate_pads_bottom_right():
 
 def test_ignored_labels_have_no_mask():
     class Source:
-        classes, things = ("a", "b"), 0
+        classes, things, category_ids = ("a", "b"), 0, (0, 1)
         def __len__(self):
             return 1
         def __getitem__(self, i):
@@ -1771,7 +1771,7 @@ def test_objects_stay_aligned_and_empty_ones_go():
     """Crop and flip move photo and masks together, overlapping ones too; what the crop has cut off
     has no target, crowds have none, and one pixel is enough to stay."""
     class Source:
-        classes, things = ("a", "b", "c"), 2
+        classes, things, category_ids = ("a", "b", "c"), 2, (0, 1, 2)
         def __len__(self):
             return 1
         def __getitem__(self, i):
@@ -2323,13 +2323,18 @@ def test_depth_keeps_the_lowest_error():
 
 def test_depth_range_is_told():
     """Least, greatest and median measured depth, what is beyond the bins, and the holes."""
-    class Samples:
+    class Source:
         def __len__(self):
-            return 45                                           # every third is looked at
-        def __getitem__(self, at):
-            assert at[1] % 3 == 0
-            return {"depth": torch.tensor([[0.0, 2 + at[1]], [0.5, 1]])}
-    line = finetune_depth.spread(Samples(), args_for(finetune_depth))
+            return 48                                           # every third is looked at
+        def labels(self, i):
+            assert i % 3 == 0
+            if i == 45:
+                raise InputError("broken")
+            depth = torch.tensor([[0.0, 2 + i], [0.5, 1]])
+            return {"depth": depth.repeat_interleave(4, 0).repeat_interleave(4, 1)}
+    with raises(InputError, "broken"):
+        finetune_depth.spread(Source(), args_for(finetune_depth))
+    line = finetune_depth.spread(Source(), args_for(finetune_depth, "--on-error", "skip"))
     assert line.startswith("depth 0.50 to 44.00 m, median 1.00 m, 27% of it beyond 0.001 to 10 m")
     assert line.endswith("75% of the pixels")
 
@@ -3194,8 +3199,12 @@ def test_mask_folders():
         write_png(at / "test/images/c.png", np.zeros((6, 8, 3), np.uint8))
         assert len(read_all(at, ["semantic"])[1]) == 1          # a test part may have no labels
         write_png(at / "val/images/a.png", np.zeros((6, 8, 3), np.uint8))
-        with raises(InputError, "val/images", "label PNGs", "missing"):
+        with raises(InputError, "val/images", "expected", "labels"):
             read_all(at, ["semantic"])
+        write_png(at / "test/labels/a.png", np.zeros((6, 8), np.uint8))     # nor are these its
+        with raises(InputError, "val/images", "expected", "labels"):
+            read_all(at, ["semantic"])
+        (at / "test/labels/a.png").unlink()
         make(at, "val/images", "val/labels", 1)
         sources = formats.open_folder(at, ["semantic"])
         assert [len(s) for s in sources] == [2, 2] and sources[0].classes == tuple("013")
@@ -3261,6 +3270,22 @@ def test_label_values():
             train, val = read_all(at, ["semantic"])
             assert train[0]["semantic"].tolist() == [[0, 1], [1, 0]]
             assert val[0]["semantic"].tolist() == [[1, 1], [1, 0]]
+        # whether a mask is binary is not told by the first maps, and not if 255 is left out
+        for i in range(30):
+            write_png(at / f"images/train/{i}.png", np.zeros((2, 2, 3), np.uint8))
+            write_png(at / f"labels/train/{i}.png", np.zeros((2, 2), np.uint8))
+        assert read_all(at, ["semantic"])[0][-1]["semantic"].tolist() == [[0, 1], [1, 0]]
+        out = read_all(at, ["semantic"], ignore_label=255)
+        assert out[0][-1]["semantic"].tolist() == [[0, 255], [255, 0]]
+        write_png(at / "labels/val/a.png", np.ones((2, 2), np.uint8))
+        assert read_all(at, ["semantic"])[0][-1]["semantic"].tolist() == [[0, 255], [255, 0]]
+        (at / "classes.txt").write_text("\n".join("abc" * 85))      # 1 to 255: 255 is ignored
+        assert (read_all(at, ["semantic"], first_label=1)[0][-1]["semantic"] == 255).all()
+        with raises(InputError, "--first-label 65535"):
+            read_all(at, ["semantic"], first_label=65535)
+        for i in range(30):
+            (at / f"images/train/{i}.png").unlink(), (at / f"labels/train/{i}.png").unlink()
+        write_png(at / "labels/val/a.png", np.array([[255, 255], [255, 0]], np.uint8))
         (at / "classes.txt").write_text("one\ntwo\nthree")         # then 255 means no class
         assert read_all(at, ["semantic"])[0][0]["semantic"].tolist() == [[0, 255], [255, 0]]
         (at / "classes.txt").unlink()
@@ -3389,6 +3414,7 @@ def test_skipping_what_is_broken():
 def test_own_joints():
     """Any category whose joints the file names: their number, what a mirror exchanges, how exactly
     they count, all from the names; what does not fit together is refused."""
+    assert pose.flip_order(["LEye", "REye", "lHip", "rHip", "Lip"]) == [1, 0, 3, 2, 4]
     names = ["L_ear", "r_ear", "left paw", "Right paw", "tail", "bright_spot"]
     assert pose.flip_order(names) == [1, 0, 3, 2, 4, 5]
     human = pose.flip_order(toyworld.KEYPOINTS)
@@ -3434,6 +3460,9 @@ def test_own_joints():
         little_coco(at / "none", lambda c: c["categories"].pop(), "person_keypoints")
         with raises(InputError, "joints", "none"):
             data.open_pose(at / "none", (32, 16))
+        little_coco(at / "id", lambda c: c["categories"][0].pop("id"), "person_keypoints")
+        with raises(InputError, "has no 'id'"):
+            data.open_pose(at / "id", (32, 16))
 
 
 def test_layouts_of_labelling_tools():
@@ -3462,6 +3491,16 @@ def test_layouts_of_labelling_tools():
         (at / "b/images").rename(at / "b/elsewhere")
         with raises(InputError, "result.json", "images/train", "capitals"):
             read_all(at / "b", ["boxes", "classes"])
+
+        (at / "b/elsewhere").rename(at / "b/images")
+        text = (at / "b/result.json").read_text()
+        (at / "b/result.json").write_text(text.replace("photos\\\\1.png", "0.png"))   # twice 0.png
+        with raises(InputError, "result.json", "capitals"):
+            read_all(at / "b", ["boxes", "classes"])
+        other = little_coco(at / "d", kind="panoptic")          # JSON of other things is no COCO
+        for stray in ("imgCatIds.json", "train.json", "1.json"):
+            (other / stray).write_text("{}")
+        assert "panoptic" in read_all(other, ["masks", "panoptic"])[0][0]
 
         def corners(content):
             content["annotations"] = [dict(content["annotations"][0], id=i, bbox=[5, 2, 7, 5])

@@ -1,8 +1,8 @@
 """
 What the truth itself scores on the eight real photos of overfit.sh when it is as coarse as the
-network's answers: masks at half of the input's pixels, heatmaps at half of the crop's, both through
-our inference. Where a fit stops short of 1, this tells coarseness from learning. No strict limit: a
-network may answer what looks better enlarged.
+network's answers: masks at half of the input's height and width, heatmaps at half of the crop's,
+both through our inference. Where a fit stops short of 1, this tells coarseness from learning. No
+strict limit: a network may answer what looks better enlarged.
 
     python results/ceiling.py DATA [SIZE...]        DATA as for overfit.sh; sizes in px
 """
@@ -83,4 +83,4 @@ def main(root, *sizes):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*(sys.argv[1:] or sys.exit(__doc__)))

@@ -50,4 +50,5 @@ run semantic finetune_seg.py --data "$data/ADEChallengeData2016" --size 128 --qu
 run semantic-nyu finetune_seg.py --data $labels --ignore-label 39 --size 128 --queries 64 \
     --batch-size 8
 run depth finetune_depth.py --data "$data/nyu" --crop 192 256 --batch-size 4 --eval-every 320
-run pose finetune_pose.py --data "$data/coco" --size 96 64
+# people differ more than ToyWorld's: twice as long, and wider targets, which are easier to find
+run pose finetune_pose.py --data "$data/coco" --size 96 64 --sigma 2 --steps 1400 --eval-every 700
