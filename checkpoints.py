@@ -114,16 +114,8 @@ def meaning(dataset):
     return {k: v if k == "things" else list(v) for k, v in found.items() if v}
 
 
-def resume(args, model, optimizer, state, dataset):
-    """Restore OUT/last.pt with --resume, OUT/best.pt with --eval, if the flags and what `dataset`
-    means are still the same.
-
-    Returns (step, best metric so far); (0, None) for a new run.
-    """
-    if not (args.resume or args.eval):
-        return 0, None
-    path = Path(args.out, "best.pt" if args.eval else "last.pt")
-    checkpoint = read(path, "--out")
+def compare(checkpoint, path, args, dataset):
+    """Refuse a checkpoint that other flags made or whose answers mean something else."""
     then, now = checkpoint["args"], vars(args)
     bound = MEANING if args.eval else now.keys() - FREE
     changed = [k for k in now if k in bound and then.get(k) != now[k]]
@@ -140,6 +132,19 @@ def resume(args, model, optimizer, state, dataset):
             raise InputError(f"--data {args.data}: its {key} are {str(value)[:200]}, but --out "
                              f"{path} was trained for {str(was)[:200]} (--data {then['data']}; "
                              "classes.txt tells those of label maps)")
+
+
+def resume(args, model, optimizer, state, dataset):
+    """Restore OUT/last.pt with --resume, OUT/best.pt with --eval, if the flags and what `dataset`
+    means are still the same.
+
+    Returns (step, best metric so far); (0, None) for a new run.
+    """
+    if not (args.resume or args.eval):
+        return 0, None
+    path = Path(args.out, "best.pt" if args.eval else "last.pt")
+    checkpoint = read(path, "--out")
+    compare(checkpoint, path, args, dataset)
     try:
         model.load_state_dict(checkpoint["model"])
         if not args.eval:
@@ -147,10 +152,11 @@ def resume(args, model, optimizer, state, dataset):
     except (RuntimeError, ValueError) as error:
         raise InputError(f"--out {path}: does not fit these flags, made with --preset "
                          f"{checkpoint['preset']} ({str(error).splitlines()[0]})") from None
-    state.say(f"{path}: step {checkpoint['step']}, trained on {then['data']}")
+    state.say(f"{path}: step {checkpoint['step']}, trained on {checkpoint['args']['data']}")
     for key in ("steps", "epochs"):
-        if not args.eval and now.get(key) and then.get(key) != now[key]:
-            state.say(f"--{key} {now[key]} now, {then.get(key)} before")
+        was, now = checkpoint["args"].get(key), getattr(args, key, None)
+        if not args.eval and now and was != now:
+            state.say(f"--{key} {now} now, {was} before")
     return checkpoint["step"], checkpoint["best"]
 
 

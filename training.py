@@ -412,14 +412,20 @@ def describe(state, model, train, val, batch, steps, lr):
              for name, part in model.glid.named_children()}
     parts["heads"] = sum(p.numel() for p in model.parameters()) / 1e6 - sum(parts.values())
     state.say("parameters (M): " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
+    if hasattr(train, "classes") or hasattr(train, "joints"):
+        describe_answers(state, train)
+    state.say(f"{len(train)} training and {len(val)} validation images; {steps} steps of {batch} "
+              f"images; peak learning rate {lr:.3g}")
+
+
+def describe_answers(state, train):
+    """The names that the network's answers have."""
     if classes := getattr(train, "classes", ()):
         ids = [f"{i} {name}" for i, name in zip(train.category_ids, classes)]
         state.say(f"{len(classes)} classes, labels 0 to {len(classes) - 1}: {some(ids)}")
     if joints := getattr(train, "joints", ()):
         pairs = sum(other > i for i, other in enumerate(train.flip))
         state.say(f"{len(joints)} joints, {pairs} pairs that a mirror exchanges: {some(joints)}")
-    state.say(f"{len(train)} training and {len(val)} validation images; {steps} steps of {batch} "
-              f"images; peak learning rate {lr:.3g}")
 
 
 def compile_model(model, args):
