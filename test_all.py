@@ -3459,7 +3459,7 @@ def test_own_joints():
         views, real = [], pose.random_view
         pose.random_view = lambda *a: views.append(a) or real(*a)
         try:
-            labelled = {tuple(train[(e, 0)]["labelled"].nonzero()[:, 0].tolist()) for e in range(20)}
+            labelled = {tuple(train[e, 0]["labelled"].nonzero()[:, 0].tolist()) for e in range(20)}
         finally:
             pose.random_view = real
         assert labelled == {(0,), (1,)}                         # mirrored: the other ear
