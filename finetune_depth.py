@@ -165,7 +165,7 @@ def conclude(model, val, args, state, step, best, optimizer, log):
 
 def spread(source, args):
     """The depths of up to 16 training photos in a line: a wrong --depth-scale shows in it."""
-    depth = torch.zeros(1)
+    depth = torch.zeros(0)
     for i in range(0, len(source), -(-len(source) // 16)):
         with contextlib.suppress(*[InputError] * (args.on_error == "skip")):    # told when trained
             depth = torch.cat([depth, source.labels(i)["depth"][::4, ::4].flatten()])
@@ -175,7 +175,7 @@ def spread(source, args):
     beyond = ((measured < args.min_depth) | (measured > args.max_depth)).float().mean()
     return (f"depth {measured.min():.2f} to {measured.max():.2f} m, median {measured.median():.2f} "
             f"m, {beyond:.0%} of it beyond {args.min_depth:g} to {args.max_depth:g} m; measured at "
-            f"{len(measured) / max(1, len(depth) - 1):.0%} of the pixels")
+            f"{len(measured) / len(depth):.0%} of the pixels")
 
 
 def main(args):

@@ -212,7 +212,7 @@ def decode(maps, crop, sigma=2.0):
     maps = maps.float().flatten(0, 1)                                       # [N = B * J, h, w]
     score, place = maps.flatten(1).max(1)
     y, x = place // w, place % w
-    log = blurred(maps, sigma).clamp(1e-3, 50).log()                               # MMPose's bounds
+    log = blurred(maps, sigma).clamp(1e-3, 50).log()                        # MMPose's bounds
     near = lambda dy, dx: log[torch.arange(b * j, device=maps.device), y + 1 + dy, x + 1 + dx]
     centre, dx = near(0, 0), (near(0, 1) - near(0, -1)) / 2
     dy = (near(1, 0) - near(-1, 0)) / 2
