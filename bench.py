@@ -35,6 +35,7 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
+import cocomask
 import data
 import pose
 import toyexport
@@ -43,7 +44,7 @@ from finetune_det import group_losses
 from layout import Layout, whole
 from losses import reconstruction_loss
 from model import PRESETS, Config, Detector, Pretrainer
-from training import autocast_dtype, pick_device, run
+from training import pick_device, precision, run
 
 # what a part times besides "dense"
 NEEDS = {"encoder": ["visible", "all_visible"], "step": ["step"], "losses": [], "data": []}
@@ -61,7 +62,7 @@ def contestants(config, device):
     dense = SwinTransformer([config.patch] * 2, config.width, list(config.depths),
                             list(config.heads), [config.window] * 2,
                             stochastic_depth_prob=0).features.to(device)
-    ours, dtype = Pretrainer(config).to(device), autocast_dtype(device)
+    ours, dtype = Pretrainer(config).to(device), precision(device)[0]
     backbone, side = ours.glid.backbone, config.image_size // config.unit
 
     def inputs(batch):
@@ -101,7 +102,7 @@ def losses_share(config, device, images=16, objects=20, kinds=80, size=640):
     """Seconds of detection's matching + losses, with their gradients, for a batch with both groups
     of queries, all layers; of the network's forward + backward for it, one image at a time (the
     whole batch would not fit most memories); and their ratio."""
-    net, dtype = Detector(config, kinds).to(device), autocast_dtype(device)
+    net, dtype = Detector(config, kinds).to(device), precision(device)[0]
     photo = torch.randn(1, 3, size, size, device=device)
     shape = config.decoder_layers, images, sum(net.groups)
     logits = torch.randn(*shape, kinds, device=device, requires_grad=True)
@@ -204,10 +205,14 @@ def read_pil(source, index, labels=True):
         r, g, b = v2.functional.pil_to_tensor(Image.open(record["map"])).int()
         sample["panoptic"] = tv_tensors.Mask(r + 256 * g + 65536 * b)
     elif labels:
-        found, size = source.read(record)
-        boxes = {"format": "XYXY", "canvas_size": size}
-        sample |= {k: tv_tensors.Mask(v) if k == "masks" else tv_tensors.BoundingBoxes(v, **boxes)
-                   for k, v in found.items() if k in ("masks", "boxes")}
+        size = record["size"]
+        sample["boxes"] = tv_tensors.BoundingBoxes(record["labels"]["boxes"], format="XYXY",
+                                                   canvas_size=size)
+        if "shapes" in record:                              # torchvision's way: a mask an object
+            masks = np.zeros((len(record["shapes"]), *size), np.uint8)
+            for out, shape in zip(masks, record["shapes"]):
+                out[:] = cocomask.mask(shape, *size)
+            sample["masks"] = tv_tensors.Mask(masks)
     return sample
 
 

@@ -101,7 +101,7 @@ def load_torchvision(glid, spec, state):
 
 
 # may differ when a run is resumed; the last five change how it goes on, not what it is
-FREE = {"resume", "eval", "workers", "out", "compile", "save_every", "eval_every",
+FREE = {"resume", "eval", "workers", "out", "compile", "device", "save_every", "eval_every",
         "batch_size", "accumulate", "steps", "epochs", "on_error"}
 # without the same, weights mean something else: may not even differ when they are only evaluated
 MEANING = {"preset", "window", "decoder_layers", "tasks", "queries", "many_queries", "min_depth",
@@ -138,10 +138,11 @@ def resume(args, model, optimizer, state, dataset):
     """Restore OUT/last.pt with --resume, OUT/best.pt with --eval, if the flags and what `dataset`
     means are still the same.
 
-    Returns (step, best metric so far); (0, None) for a new run.
+    Returns (step, best metric so far, whether the evaluation of this step is still to be done);
+    (0, None, False) for a new run.
     """
     if not (args.resume or args.eval):
-        return 0, None
+        return 0, None, False
     path = Path(args.out, "best.pt" if args.eval else "last.pt")
     checkpoint = read(path, "--out")
     compare(checkpoint, path, args, dataset)
@@ -157,18 +158,19 @@ def resume(args, model, optimizer, state, dataset):
         was, now = checkpoint["args"].get(key), getattr(args, key, None)
         if not args.eval and now and was != now:
             state.say(f"--{key} {now} now, {was} before")
-    return checkpoint["step"], checkpoint["best"]
+    return checkpoint["step"], checkpoint["best"], checkpoint.get("due", False)
 
 
-def keep(args, model, optimizer, state, step, best, dataset, is_best=False):
+def keep(args, model, optimizer, state, step, best, dataset, is_best=False, due=False):
     """Rank 0 writes OUT/last.pt, from which a run resumes, and OUT/best.pt, which holds no
-    optimiser. Both know what they are: config, preset, flags, what the dataset means."""
+    optimiser. Both know what they are: config, preset, flags, what the dataset means.
+    due: this step's evaluation comes after it, so that a run which dies there begins with it."""
+    if not all(p.isfinite().all() for p in model.parameters()):     # the same on all processes
+        raise FloatingPointError(f"a weight is not finite after step {step}: lower --lr; the "
+                                 "last checkpoint is untouched, --resume continues from it")
     if state.rank == 0:
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise FloatingPointError(f"a weight is not finite after step {step}: lower --lr; the "
-                                     "last checkpoint is untouched, --resume continues from it")
         content = {"model": model.state_dict(), "step": step, "best": best, "preset": args.preset,
-                   "config": model.glid.config.to_dict(), "args": vars(args),
+                   "config": model.glid.config.to_dict(), "args": vars(args), "due": due,
                    **meaning(dataset)}
         if is_best:
             save(content, Path(args.out, "best.pt"))

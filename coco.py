@@ -245,12 +245,13 @@ def read_objects(path, masks, record):
     """Record of coco_instances -> labels; masks are drawn only now."""
     labels, size = dict(record["labels"]), record["size"]
     if masks:
-        labels["masks"] = drawn = np.zeros((len(record["shapes"]), *size), np.uint8)
-        for out, shape, name in zip(drawn, record["shapes"], record["names"]):
-            try:
-                out[:] = cocomask.mask(shape, *size)
-            except BAD as error:
-                raise InputError(f"{path}: annotation {name}: {error}") from None
+        def drawn():
+            for shape, name in zip(record["shapes"], record["names"]):
+                try:
+                    yield cocomask.mask(shape, *size)
+                except BAD as error:
+                    raise InputError(f"{path}: annotation {name}: {error}") from None
+        labels["layers"] = cocomask.stack(drawn(), len(record["shapes"]), *size)
     return labels, size
 
 

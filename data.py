@@ -11,7 +11,10 @@ Photos stay uint8 until they are on the device: a quarter of the bytes to copy a
 import contextlib
 import json
 import math
+import os
 import random
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from tqdm import tqdm
 
 import pose
 import toyworld
+from cocomask import unstack
 from files import IGNORE, SPLITS, InputError, list_images, read_image, read_view
 from formats import DEPTHS, LABELS, PHOTOS, open_folder, readable, split_folders
 from layout import Layout
@@ -74,10 +78,58 @@ class Photos:
 # ToyWorld
 
 
+class Table:
+    """Rows, each a dict of numpy arrays, kept as one array a column.
+
+    A data process that is not forked (spawn, forkserver) gets them through a pipe, and a forked one
+    shares them; thousands of small arrays would be slow either way, and as many tensors would each
+    be an open file.
+    """
+
+    def __init__(self, rows):
+        self.length, self.columns, self.ends = len(rows), {}, {}
+        for key in list(rows[0]):
+            values = [row.pop(key) for row in rows]                         # frees them one by one
+            if len({v.shape for v in values}) == 1:
+                self.columns[key] = np.stack(values)
+            else:                                           # a varying number of objects
+                self.columns[key] = np.concatenate(values)
+                self.ends[key] = np.cumsum([0, *map(len, values)])
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        """Row `index`, tensors that share the table's memory."""
+        index = range(self.length)[index]                   # IndexError ends an iteration
+        return {key: torch.from_numpy(
+            column[self.ends[key][index]:self.ends[key][index + 1]] if key in self.ends
+            else column[index, ...]) for key, column in self.columns.items()}
+
+
+def toy_row(seed, size, keys, index):
+    """Scene `index` as a row of a Table."""
+    scene = toyworld.scene(seed, index, size)
+    image = np.ascontiguousarray(scene["image"].transpose(2, 0, 1))         # [3, S, S]
+    return {"image": image} | {k: scene[k] for k in keys}
+
+
+def draw_scenes(seed, size, keys, indexes, what):
+    """Table of these scenes, drawn by all cores that are this process's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    draw = partial(toy_row, seed, size, keys)
+    bar = partial(tqdm, total=len(indexes), desc=f"drawing ToyWorld {what}", leave=False,
+                  disable=None)
+    if cores > 1 and len(indexes) >= 512:                   # fewer are drawn sooner than shared out
+        with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(cores) as pool:
+            return Table(list(bar(pool.map(draw, indexes, chunksize=32))))
+    return Table(list(bar(map(draw, indexes))))
+
+
 class ToyWorld:
     """ToyWorld scenes as samples, drawn once when the data set is opened.
 
-    Forked data processes share the drawn scenes; nothing is drawn twice.
     keys: which annotations of toyworld.scene to keep besides the image. Samples hold tv_tensors, so
     that torchvision's transforms move image, boxes, masks, labels and depth together.
     """
@@ -89,11 +141,7 @@ class ToyWorld:
 
     def __init__(self, split, count, size, seed=0, keys=()):
         first = toyworld.SPLIT_START[split]
-        self.samples = []
-        for i in tqdm(range(count), desc=f"drawing ToyWorld {split}", leave=False, disable=None):
-            scene = toyworld.scene(seed, first + i, size)
-            image = torch.from_numpy(scene["image"]).permute(2, 0, 1).contiguous()
-            self.samples.append({"image": image} | {k: torch.from_numpy(scene[k]) for k in keys})
+        self.samples = draw_scenes(seed, size, keys, range(first, first + count), split)
 
     def __len__(self):
         return len(self.samples)
@@ -103,7 +151,7 @@ class ToyWorld:
         canvas = sample["image"].shape[1:]
         kinds = {"image": tv_tensors.Image, "boxes": partial(
             tv_tensors.BoundingBoxes, format="XYXY", canvas_size=canvas)}
-        kinds |= dict.fromkeys(("semantic", "panoptic", "masks", "depth"), tv_tensors.Mask)
+        kinds |= dict.fromkeys(("semantic", "panoptic", "depth"), tv_tensors.Mask)
         return {k: kinds[k](v) if k in kinds else v for k, v in sample.items()}
 
     def view(self, index, choose, size):
@@ -142,9 +190,8 @@ def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop",
     """
     count = toy_count(path, 256)
     if count:
-        sources = [ToyWorld(split, n, size, keys=keys)
-                   for split, n in (("train", count), ("val", min(count, 256)))]
-        sources[0].samples = sources[0].samples[:max(1, round(fraction * count))]
+        sources = [ToyWorld(split, n, size, keys=keys) for split, n in
+                   (("train", max(1, round(fraction * count))), ("val", min(count, 256)))]
         return [sources[0], sources[0]] if overfit else sources
     train, val = open_folder(path, keys, on_error, **reading)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
@@ -357,23 +404,47 @@ def find_objects(task, sample, things):
     semantic: "semantic" uint8 [H, W] of classes; a mask for each class present, none for IGNORE.
     panoptic: "panoptic" int [H, W] of segment ids, 0 = void, and "segments" int64 [S, 3] of id,
               class, iscrowd; a mask for each segment that has a pixel (left).
-    instance: "masks" [N, H, W], which may overlap, "classes" int64 [N], "iscrowd" [N]; without
-              them the things of the panoptic map: one map is faster to augment than N masks.
+    instance: see find_instances.
     """
+    if task == "instance":
+        labels, layers, crowd = find_instances(sample, things)
+        masks = unstack(layers.numpy(), range(1, len(labels) + 1))
+        return labels, torch.from_numpy(masks), crowd
     sample = {k: v.as_subclass(torch.Tensor) if torch.is_tensor(v) else v
               for k, v in sample.items()}
     if task == "semantic":
         labels = torch.bincount(sample["semantic"].flatten())[:IGNORE].nonzero()[:, 0]
         masks = masks_of(sample["semantic"], labels)
         return labels, masks, torch.zeros(len(labels), dtype=torch.bool)
-    if task == "instance" and "masks" in sample:
-        return sample["classes"], sample["masks"].bool(), sample["iscrowd"].bool()
-    segments = sample["segments"]
-    if task == "instance":
-        segments = segments[segments[:, 1] < things]
-    drawn = torch.bincount(sample["panoptic"].flatten()).nonzero()
-    ids, labels, crowd = segments[torch.isin(segments[:, 0], drawn)].unbind(1)
+    ids, labels, crowd = drawn_segments(sample["panoptic"], sample["segments"]).unbind(1)
     return labels, masks_of(sample["panoptic"], ids), crowd.bool()
+
+
+def find_instances(sample, things):
+    """The things of a photo: labels int64 [N], layers [L, H, W] of the numbers 1..N (see
+    cocomask.stack), iscrowd bool [N].
+
+    From "layers", which may hold overlapping things, "classes" int64 [N], "iscrowd" [N]; without
+    them those of the panoptic map that have a pixel (left): one map is faster to augment than N
+    masks.
+    """
+    sample = {k: v.as_subclass(torch.Tensor) if torch.is_tensor(v) else v
+              for k, v in sample.items()}
+    if "layers" in sample:
+        return sample["classes"], sample["layers"], sample["iscrowd"].bool()
+    layers, segments = sample["panoptic"][None], sample["segments"]
+    ids, labels, crowd = drawn_segments(layers, segments[segments[:, 1] < things]).unbind(1)
+    order = ids.argsort()
+    number = torch.cat([torch.zeros(1, dtype=torch.int32), order.int() + 1])    # of the sorted ids
+    listed = torch.cat([torch.zeros(1, dtype=torch.int64), ids[order]])
+    at = torch.searchsorted(listed, layers.long()).clamp(max=len(ids))
+    return labels, torch.where(listed[at] == layers, number[at], 0), crowd.bool()
+
+
+def drawn_segments(panoptic, segments):
+    """Those of the segments int64 [S, 3] = id, class, iscrowd of which a pixel is in the map."""
+    drawn = torch.bincount(panoptic.flatten()).nonzero()
+    return segments[torch.isin(segments[:, 0], drawn)]
 
 
 def masks_of(values, ids):
@@ -731,8 +802,7 @@ def collate_photos(config, samples):
 def collate_pretraining(config, samples):
     """Samples of Pretraining -> images uint8 [B, 3, S, S] and their Layout."""
     images, hidden = (torch.stack(x) for x in zip(*samples))
-    sizes = torch.tensor([images.shape[2:]]).expand(len(images), 2)
-    return images, Layout(config, sizes, hidden)
+    return images, Layout(config, torch.tensor([images.shape[2:]] * len(images)), hidden)
 
 
 def collate(config, samples):

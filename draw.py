@@ -44,15 +44,19 @@ def boxed(image, boxes, labels):
     return draw_bounding_boxes(image, edges, colors=colours, width=1 + min(image.shape[1:]) // 300)
 
 
-def instance_map(masks, scores=None, at_least=0.5):
+def numbered(numbers):
+    """Numbers of objects int [H, W], 0 = none -> labels of label_map."""
+    return torch.where(numbers > 0, (numbers.int() - 1) % IGNORE, IGNORE)
+
+
+def instance_map(masks, scores, at_least=0.5):
     """Masks bool [N, H, W] -> colours uint8 [3, H, W], one per object, black where there is none;
     the surest on top, those of a lower score than at_least left out."""
-    order = range(len(masks)) if scores is None else scores.argsort().tolist()
-    ids = torch.full(masks.shape[1:], IGNORE)
-    for k in order:
-        if scores is None or scores[k] >= at_least:
-            ids[masks[k]] = k % IGNORE
-    return label_map(ids)
+    numbers = torch.zeros(masks.shape[1:], dtype=torch.int32)
+    for k in scores.argsort().tolist():
+        if scores[k] >= at_least:
+            numbers[masks[k]] = k + 1
+    return label_map(numbered(numbers))
 
 
 def panoptic_map(ids, classes, things):

@@ -169,6 +169,15 @@ def read_json(path, lists):
     return content
 
 
+def read_lines(path):
+    """The lines of a text file in UTF-8, with or without a byte order mark."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8; save it in that encoding") from None
+    return text.splitlines()
+
+
 def list_images(folder, suffixes=SUFFIXES):
     """All images below a folder, nested or flat, sorted by path."""
     folder = Path(folder)
@@ -197,9 +206,10 @@ class Source:
     arrays and the (H, W) they are made for. classes: names of the labels 0..K-1, the first `things`
     of them things; category_ids: what the files call them; joints: names of the J keypoints.
     Labels, as far as asked for: boxes [N, 4] x1 y1 x2 y2, classes int64 [N], iscrowd bool [N], area
-    [N] as the file says, keypoints [N, J, 3] x y v (the centre of pixel i at i), masks uint8 [N,
-    H, W]; semantic uint8 [H, W], IGNORE = no class; panoptic [H, W] of segment ids, 0 = void,
-    segments int64 [S, 3] of id, class, crowd; depth float [H, W] metres, 0 = not measured.
+    [N] as the file says, keypoints [N, J, 3] x y v (the centre of pixel i at i), masks as layers
+    [L, H, W], see cocomask.stack; semantic uint8 [H, W], IGNORE = no class; panoptic [H, W] of
+    segment ids, 0 = void, segments int64 [S, 3] of id, class, crowd; depth float [H, W] metres, 0 =
+    not measured.
     """
 
     def __init__(self, records, read, classes=(), things=0, category_ids=(), kinect_frame=False,
@@ -231,7 +241,7 @@ class Source:
             value = torch.from_numpy(value)
             if key == "boxes":
                 value = tv_tensors.BoundingBoxes(value, format="XYXY", canvas_size=size)
-            elif key in ("masks", "semantic", "panoptic", "depth"):
+            elif key in ("layers", "semantic", "panoptic", "depth"):
                 value = tv_tensors.Mask(value)
             sample[key] = value
         return sample

@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import batching
 import checkpoints
 import draw
 import training
-from data import InputError, collate, open_depth
+from data import InputError, collate, mix, open_depth
 from inference import at_original
 from losses import silog_loss
 from metrics import DepthErrors
@@ -113,9 +114,10 @@ def evaluate(model, dataset, args, state, path=None):
     """
     model.eval()
     metric, rows = DepthErrors(args.min_depth, args.max_depth), []
-    batches = training.share(len(dataset), args, state)
-    for images, layout, targets in training.loader(dataset, batches, collate, model.glid.config,
-                                                   args, state):
+    batches = batching.share(len(dataset), args, state)
+    loader = batching.loader(dataset, batches, collate, model.glid.config, args, state)
+    for batch in loader:
+        images, layout, targets = batch.to("cpu")
         truths, sizes = [t["depth"] for t in targets], layout.sizes.tolist()
         # --overfit augments nothing, here as little as in training: mirror images were never seen
         found = predict(model, images, layout, [t.shape for t in truths], state, not args.overfit)
@@ -188,12 +190,12 @@ def main(args):
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
-    step, best = checkpoints.resume(args, model, optimizer, state, val)
-    if args.eval or step >= args.steps:
+    step, best, due = checkpoints.resume(args, model, optimizer, state, val)
+    if args.eval or (step >= args.steps and not due):
         errors = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))
         state.say(f"{words(errors)} of {errors['images']} images, step {step}")
         return errors | {"step": step}
-    training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
+    batching.steps_per_epoch(len(train), args, state, f"--data {args.data}")
     total_batch = args.batch_size * state.world * args.accumulate
     training.describe(state, model, train, val, total_batch, args.steps, args.lr)
     if state.rank == 0:
@@ -201,14 +203,17 @@ def main(args):
 
     training.compile_model(model, args)
     ddp = state.wrap(model)
-    batches = training.Batches(len(train), args, state, step, args.steps)
-    loader = training.Timed(training.loader(training.forgiving(train, args), batches, collate,
+    batches = batching.Batches(len(train), args, state, step, args.steps)
+    loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,
                                             model.glid.config, args, state))
-    log = training.Log(args, state, step)
+    log = training.Log(args, state, step, due)
     bar = training.Progress(step, args.steps, "depth", loader, state, total_batch)
     model.train()
+    if due:                                     # the run ended before it was evaluated
+        with bar.evaluation():
+            best = conclude(model, val, args, state, step, best, optimizer, log)
     while step < args.steps:
-        torch.manual_seed(training.mix(args.seed, step, state.rank))    # drop path
+        torch.manual_seed(mix(args.seed, step, state.rank))    # drop path
         lr = args.lr * training.one_cycle(step, args.steps)
         training.set_lr(optimizer, lr)
         for micro in range(args.accumulate):
@@ -226,14 +231,18 @@ def main(args):
         optimizer.zero_grad()
         step += 1
 
+        stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
         ends = step % args.eval_every == 0 or step == args.steps
         saves = step % args.save_every == 0
-        if ends or saves or step % 20 == 0:
+        if ends or saves or stops or step % 20 == 0:
             log.write(step=step, loss=bar.report(step), lr=lr)
+        if ends or saves or stops:              # before the evaluation, which may fail
+            checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
+        if stops:
+            bar.stop(stops)
         if ends:
-            best = conclude(model, val, args, state, step, best, optimizer, log)
-        elif saves:
-            checkpoints.keep(args, model, optimizer, state, step, best, val)
+            with bar.evaluation():
+                best = conclude(model, val, args, state, step, best, optimizer, log)
     bar.close()
     state.say(f"best of {step} steps: {words(best)}; {args.out}/samples/{step:06d}.png")
     return best | {"step": step}

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
+import batching
 import checkpoints
 import draw
 import training
-from data import collate, open_detection
+from data import collate, mix, open_detection
 from inference import detection_inference
 from losses import detection_loss
 from metrics import AveragePrecision
@@ -70,9 +71,10 @@ def evaluate(model, dataset, args, state, path=None):
     """COCO box AP over the whole validation set; picture of the first images."""
     model.eval()
     metric, rows = AveragePrecision("box", range(len(dataset.classes))), []
-    batches = training.share(len(dataset), args, state)
-    for images, layout, targets in training.loader(dataset, batches, collate, model.glid.config,
-                                                   args, state):
+    batches = batching.share(len(dataset), args, state)
+    loader = batching.loader(dataset, batches, collate, model.glid.config, args, state)
+    for batch in loader:
+        images, layout, targets = batch.to("cpu")
         originals = [t["size"].tolist() for t in targets]
         found = predict(model, images, layout, originals, state)
         for truth, guess in zip(targets, found):
@@ -131,9 +133,9 @@ def main(args):
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
-    step, best = checkpoints.resume(args, model, optimizer, state, val)
-    steps = training.schedule(len(train), args, state)
-    if args.eval or step >= steps:
+    step, best, due = checkpoints.resume(args, model, optimizer, state, val)
+    steps = batching.schedule(len(train), args, state)
+    if args.eval or (step >= steps and not due):
         ap = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))["AP"]
         state.say(f"box AP {100 * ap:.2f} of {len(val)} images, step {step}")
         return {"AP": ap, "step": step}
@@ -142,14 +144,17 @@ def main(args):
 
     training.compile_model(model, args)
     ddp = state.wrap(model)
-    batches = training.Batches(len(train), args, state, step, steps)
-    loader = training.Timed(training.loader(training.forgiving(train, args), batches, collate,
+    batches = batching.Batches(len(train), args, state, step, steps)
+    loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,
                                             model.glid.config, args, state))
-    log = training.Log(args, state, step)
+    log = training.Log(args, state, step, due)
     bar = training.Progress(step, steps, "detection", loader, state, total_batch)
     model.train()
+    if due:                                     # the run ended before it was evaluated
+        with bar.evaluation():
+            best = conclude(model, val, args, state, step, best, optimizer, log)
     while step < steps:
-        torch.manual_seed(training.mix(args.seed, step, state.rank))            # drop path
+        torch.manual_seed(mix(args.seed, step, state.rank))            # drop path
         lr = args.lr * training.multistep(step, steps, [0.8])
         training.set_lr(optimizer, lr)
         for micro in range(args.accumulate):
@@ -169,14 +174,18 @@ def main(args):
         optimizer.zero_grad()
         step += 1
 
+        stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
         ends = step % args.eval_every == 0 or step == steps
         saves = step % args.save_every == 0
-        if ends or saves or step % 20 == 0:
+        if ends or saves or stops or step % 20 == 0:
             log.write(step=step, loss=bar.report(step), lr=lr)
+        if ends or saves or stops:              # before the evaluation, which may fail
+            checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
+        if stops:
+            bar.stop(stops)
         if ends:
-            best = conclude(model, val, args, state, step, best, optimizer, log)
-        elif saves:
-            checkpoints.keep(args, model, optimizer, state, step, best, val)
+            with bar.evaluation():
+                best = conclude(model, val, args, state, step, best, optimizer, log)
     bar.close()
     state.say(f"best box AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
     return {"AP": best, "step": step}

@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import batching
 import checkpoints
 import draw
 import pose
 import training
-from data import PERSON, InputError, collate, collate_photos, open_pose
+from data import PERSON, InputError, collate, collate_photos, mix, open_pose
 from layout import whole
 from losses import heatmap_loss
 from metrics import OKS_SIGMAS, AveragePrecision
@@ -108,9 +109,10 @@ def evaluate(model, dataset, args, state, path=None):
     """
     model.eval()
     metric, rows = AveragePrecision("keypoint", [PERSON], sigmas=dataset.sigmas), []
-    batches = training.share_crowded(dataset.counts, args, state)
-    for crops, photos in training.loader(dataset, batches, collate_photos, model.glid.config, args,
-                                         state):
+    batches = batching.share_crowded(dataset.counts, args, state)
+    loader = batching.loader(dataset, batches, collate_photos, model.glid.config, args, state)
+    for batch in loader:
+        crops, photos = batch.to("cpu")
         joints, scores = predict(model, crops, args, state, dataset.flip)
         ends = np.cumsum([len(p["scores"]) for p in photos])[:-1]
         for photo, at, score in zip(photos, np.split(joints, ends), np.split(scores, ends)):
@@ -159,9 +161,9 @@ def main(args):
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
-    step, best = checkpoints.resume(args, model, optimizer, state, val)
-    steps = training.schedule(len(train), args, state)
-    if args.eval or step >= steps:
+    step, best, due = checkpoints.resume(args, model, optimizer, state, val)
+    steps = batching.schedule(len(train), args, state)
+    if args.eval or (step >= steps and not due):
         result = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))
         state.say(", ".join(f"{k} {100 * v:.2f}" for k, v in result.items())
                   + f" of {len(val)} images, step {step}")
@@ -171,14 +173,17 @@ def main(args):
 
     training.compile_model(model, args)
     ddp = state.wrap(model)
-    batches = training.Batches(len(train), args, state, step, steps)
-    loader = training.Timed(training.loader(training.forgiving(train, args), batches, collate,
+    batches = batching.Batches(len(train), args, state, step, steps)
+    loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,
                                             model.glid.config, args, state))
-    log = training.Log(args, state, step)
+    log = training.Log(args, state, step, due)
     bar = training.Progress(step, steps, "pose", loader, state, total_batch)
     model.train()
+    if due:                                     # the run ended before it was evaluated
+        with bar.evaluation():
+            best = conclude(model, val, args, state, step, best, optimizer, log)
     while step < steps:
-        torch.manual_seed(training.mix(args.seed, step, state.rank))                # drop path
+        torch.manual_seed(mix(args.seed, step, state.rank))                # drop path
         lr = args.lr * training.multistep(step, steps, DROPS, args.warmup_steps)
         training.set_lr(optimizer, lr)
         for micro in range(args.accumulate):
@@ -198,14 +203,18 @@ def main(args):
         optimizer.zero_grad()
         step += 1
 
+        stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
         ends = step % args.eval_every == 0 or step == steps
         saves = step % args.save_every == 0
-        if ends or saves or step % 20 == 0:
+        if ends or saves or stops or step % 20 == 0:
             log.write(step=step, loss_x1000=bar.report(step), lr=lr)
+        if ends or saves or stops:              # before the evaluation, which may fail
+            checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
+        if stops:
+            bar.stop(stops)
         if ends:
-            best = conclude(model, val, args, state, step, best, optimizer, log)
-        elif saves:
-            checkpoints.keep(args, model, optimizer, state, step, best, val)
+            with bar.evaluation():
+                best = conclude(model, val, args, state, step, best, optimizer, log)
     bar.close()
     state.say(f"best AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
     return {"AP": best, "step": step}

@@ -22,10 +22,11 @@ from pathlib import Path
 
 import torch
 
+import batching
 import checkpoints
 import draw
 import training
-from data import IGNORE, InputError, collate, find_objects, open_segmentation
+from data import IGNORE, InputError, collate, find_instances, mix, open_segmentation
 from inference import instance_inference, panoptic_inference, semantic_inference
 from losses import segmentation_loss
 from metrics import AveragePrecision, MeanIoU, PanopticQuality
@@ -123,7 +124,7 @@ def grade(task, metric, answer, truth, things):
     if task == "semantic":
         metric.update(answer.numpy(), truth["semantic"].numpy())
     elif task == "instance":
-        objects = dict(zip(("labels", "masks", "iscrowd"), find_objects(task, truth, things)))
+        objects = dict(zip(("labels", "layers", "iscrowd"), find_instances(truth, things)))
         # the outline's area decides what is small, if the data set knows it
         objects |= {k: truth[k] for k in ("area",) if k in truth}
         metric.update(truth["index"], answer, objects)
@@ -138,7 +139,7 @@ def pictures(task, answer, truth, things):
     if task == "semantic":
         return draw.label_map(truth["semantic"]), draw.label_map(answer)
     if task == "instance":
-        return (draw.instance_map(find_objects(task, truth, things)[1]),
+        return (draw.label_map(draw.numbered(find_instances(truth, things)[1].amax(0))),
                 draw.instance_map(answer["masks"], answer["scores"]))
     classes = {i: c for i, c, _ in truth["segments"].tolist()}
     return (draw.panoptic_map(truth["panoptic"], classes, things),
@@ -150,9 +151,10 @@ def evaluate(model, dataset, args, state, path=None):
     tasks ask about the same encoded image. Picture of the first images at `path`."""
     model.eval()
     metrics, rows = {t: new_metric(t, dataset) for t in args.tasks}, []
-    batches = training.share(len(dataset), args, state)
-    for images, layout, truths in training.loader(dataset, batches, collate, model.glid.config,
-                                                  args, state):
+    batches = batching.share(len(dataset), args, state)
+    loader = batching.loader(dataset, batches, collate, model.glid.config, args, state)
+    for batch in loader:
+        images, layout, truths = batch.to("cpu")
         found = predict(model, images, layout, [t["original"] for t in truths], args,
                         dataset.things, state)
         for truth, answers in zip(truths, found):
@@ -240,25 +242,28 @@ def main(args):
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
-    step, best = checkpoints.resume(args, model, optimizer, state, val)
-    if args.eval or step >= args.steps:
+    step, best, due = checkpoints.resume(args, model, optimizer, state, val)
+    if args.eval or (step >= args.steps and not due):
         results = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))
         state.say(f"{words(results)} of {len(val)} images, step {step}")
         return main_metrics(results) | {"step": step}
-    training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
+    batching.steps_per_epoch(len(train), args, state, f"--data {args.data}")
     total_batch = args.batch_size * state.world * args.accumulate
     training.describe(state, model, train, val, total_batch, args.steps, args.lr)
 
     training.compile_model(model, args)
     ddp = state.wrap(model)
-    batches = training.Batches(len(train), args, state, step, args.steps, kinds=len(args.tasks))
-    loader = training.Timed(training.loader(training.forgiving(train, args), batches, collate,
+    batches = batching.Batches(len(train), args, state, step, args.steps, kinds=len(args.tasks))
+    loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,
                                             model.glid.config, args, state))
-    log = training.Log(args, state, step)
+    log = training.Log(args, state, step, due)
     bar = training.Progress(step, args.steps, "+".join(args.tasks), loader, state, total_batch)
     model.train()
+    if due:                                     # the run ended before it was evaluated
+        with bar.evaluation():
+            best = conclude(model, val, args, state, step, best, optimizer, log)
     while step < args.steps:
-        torch.manual_seed(training.mix(args.seed, step, state.rank))    # drop path, sampled points
+        torch.manual_seed(mix(args.seed, step, state.rank))    # drop path, sampled points
         lr = args.lr * training.poly(step, args.steps)
         training.set_lr(optimizer, lr)
         for micro in range(args.accumulate):
@@ -278,14 +283,18 @@ def main(args):
         optimizer.zero_grad()
         step += 1
 
+        stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
         ends = step % args.eval_every == 0 or step == args.steps
         saves = step % args.save_every == 0
-        if ends or saves or step % 20 == 0:
+        if ends or saves or stops or step % 20 == 0:
             log.write(step=step, loss=bar.report(step), lr=lr)
+        if ends or saves or stops:              # before the evaluation, which may fail
+            checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
+        if stops:
+            bar.stop(stops)
         if ends:
-            best = conclude(model, val, args, state, step, best, optimizer, log)
-        elif saves:
-            checkpoints.keep(args, model, optimizer, state, step, best, val)
+            with bar.evaluation():
+                best = conclude(model, val, args, state, step, best, optimizer, log)
     bar.close()
     state.say(f"best {words(best)} in {step} steps; {args.out}/samples/{step:06d}.png")
     return best | {"step": step}

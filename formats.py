@@ -31,6 +31,7 @@ from files import (
     list_images,
     read_depth,
     read_labels,
+    read_lines,
     read_numbers,
     refuse,
 )
@@ -112,11 +113,11 @@ def class_names(root):
     """Names from ADE20K's objectInfo150.txt, or from classes.txt with a name a line, or None."""
     try:
         if (root / "objectInfo150.txt").exists():
-            lines = (root / "objectInfo150.txt").read_text().splitlines()[1:]
+            lines = read_lines(root / "objectInfo150.txt")[1:]
             return [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
         if (root / "classes.txt").exists():
-            return [n.strip() for n in (root / "classes.txt").read_text().splitlines() if n.strip()]
-    except (OSError, ValueError) as error:
+            return [n.strip() for n in read_lines(root / "classes.txt") if n.strip()]
+    except OSError as error:
         raise InputError(f"--data {root}: its list of class names cannot be read ({error})") \
             from None
     return None
@@ -209,7 +210,7 @@ def open_ade_instances(root, keys, on_error):
         raise InputError(f"{places[0]}: is missing, or objectInfo150.txt; without them nobody knows"
                          " which classes the instances of ADE20K have")
     try:            # a line of titles, then: instance class, scene parsing class, ... from 1
-        rows = [line.split()[:2] for line in place.read_text().splitlines()[1:] if line.strip()]
+        rows = [line.split()[:2] for line in read_lines(place)[1:] if line.strip()]
         mapping = [int(b) - 1 for _, b in sorted((int(a), int(b)) for a, b in rows)]
         require(all(0 <= m < len(names) for m in mapping) and len(set(mapping)) == len(mapping)
                 and sorted(int(a) for a, _ in rows) == list(range(1, len(rows) + 1)), "numbers")
@@ -274,10 +275,10 @@ def open_lists(root, on_error, scale):
     for found, split in zip(lists, ("train", "test")):
         records = []
         for path in found[:1]:
-            text = path.read_text(encoding="utf-8-sig", errors="replace")   # a BOM is no name
-            if not text.strip():
+            lines = read_lines(path)
+            if not any(lines):
                 raise InputError(f"{path}: not a line in it")
-            for n, line in enumerate(text.splitlines(), 1):
+            for n, line in enumerate(lines, 1):
                 words = line.split()
                 if not words:
                     continue

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from losses import corners
 
-PART = 2**26                    # float numbers of mask logits to hold at the original size at once
+PART = 2**24                    # float numbers of mask logits to hold at the original size at once
 
 
 def at_original(maps, size, patch, original, align_corners=False):
@@ -71,23 +71,27 @@ def instance_inference(class_logits, mask_logits, size, patch, original, limit=1
 
     class_logits [M, K + 1] and mask_logits [M, h, w] of one image; size, patch, original as for
     at_original. Returns dict, best class first: labels int64 [D], scores float [D] = p(class) x the
-    mean p(mask) of the mask's pixels, masks bool [D, H0, W0] = where p(mask) > 1/2. Empty masks are
-    left out: their score would be 0, which cannot change the average precision.
+    mean p(mask) of the mask's pixels, masks bool [D, H0, W0] = where p(mask) > 1/2, on the CPU.
+    Empty masks are left out: their score would be 0, which cannot change the average precision.
     """
     p = class_logits.float().softmax(-1)[:, :-1]
     # stable, so that equal scores are in the same order on every machine
     order = p.flatten().sort(descending=True, stable=True).indices[:limit]
     query, labels = order // p.shape[1], order % p.shape[1]
     used, place = query.unique(return_inverse=True)
-    masks, quality = [], []
+    masks = torch.empty(len(order), *original, dtype=torch.bool)        # on the CPU: may be large
+    quality, done = [], 0
     for logits in in_parts(mask_logits[used], size, patch, original):
         mask = logits > 0
         inside = (logits.sigmoid() * mask).flatten(1).sum(1)
-        masks.append(mask)
         quality.append(inside / mask.flatten(1).sum(1).clamp(min=1))
+        mine = (place >= done) & (place < done + len(logits))           # the answers of this part
+        masks[mine.cpu()] = mask[place[mine] - done].cpu()
+        done += len(logits)
     scores = p[query, labels] * torch.cat(quality)[place]
     real = scores > 0
-    return {"labels": labels[real], "scores": scores[real], "masks": torch.cat(masks)[place[real]]}
+    masks = masks if real.all() else masks[real.cpu()]
+    return {"labels": labels[real], "scores": scores[real], "masks": masks}
 
 
 def panoptic_inference(class_logits, mask_logits, size, patch, original, things,

@@ -10,6 +10,7 @@ Letters: B images, n visible units, T tokens of a stage (all images, one list), 
 of window attention, S slots in a row = window ** 2, h heads, d channels of a head, K keys.
 """
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class Layout:
     """
 
     def __init__(self, config, sizes, hidden=None):
-        self.config, self.batch, self.sizes = config, len(sizes), sizes
+        self.config, self.batch, self.sizes = config, len(sizes), sizes.contiguous()
         extent = (sizes + config.unit - 1) // config.unit                       # [B, 2] units
         self.grid_units = extent.amax(0).tolist()                               # Uh, Uw
         seen = exists = inside(extent, *self.grid_units)                        # [B, Uh, Uw]
@@ -79,10 +80,10 @@ class Layout:
             seen = exists & ~hidden
         self.units = seen.nonzero()                         # [n, 3] image, row, column
         self.hidden = (exists & ~seen).nonzero()            # [N of all images, 3]
-        self.counts = seen.flatten(1).sum(1)                # [B] visible units; stays on the CPU
-        if int(self.counts.min()) == 0:
+        self.counts = seen.flatten(1).sum(1).tolist()       # B visible units; never on a GPU
+        if min(self.counts) == 0:
             raise ValueError("an image of the batch has no visible unit")
-        self.ragged = int(self.counts.min()) < int(self.counts.max())
+        self.ragged = min(self.counts) < max(self.counts)
         self.padded = bool((sizes < torch.tensor(self.grid_units) * config.unit).any())
         self.coords = []                                    # per stage [T, 3] image, row, column
         for side in (8, 4, 2, 1):
@@ -116,20 +117,14 @@ class Layout:
         mixed = rows < windows or rows * w * w > len(slot)
         return torch.from_numpy(row)[window] * w * w + slot, window, rows, mixed
 
-    def _move(self, f):
-        self.sizes, self.units, self.hidden = f(self.sizes), f(self.units), f(self.hidden)
-        self.coords = [f(c) for c in self.coords]
-        self.plans = {k: (f(place), f(window), *more)
-                      for k, (place, window, *more) in self.plans.items()}
-        return self
-
     def to(self, device):
         """Move to the device, in place; call it before the first use there."""
-        return self._move(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self):
-        """For DataLoader, so that to() does not wait."""
-        return self._move(torch.Tensor.pin_memory)
+        move = partial(torch.Tensor.to, device=device, non_blocking=True)
+        self.sizes, self.units, self.hidden = map(move, (self.sizes, self.units, self.hidden))
+        self.coords = [move(c) for c in self.coords]
+        self.plans = {k: (move(place), move(window), *more)
+                      for k, (place, window, *more) in self.plans.items()}
+        return self
 
     def _cached(self, key, make):
         if key not in self._cache:
@@ -192,7 +187,7 @@ class Layout:
         if not self.ragged:
             return x.view(self.batch, -1, x.shape[1]), None
         def make():
-            counts = self.counts * (8 >> stage) ** 2
+            counts = torch.tensor(self.counts) * (8 >> stage) ** 2
             real = torch.arange(int(counts.max())) < counts[:, None]            # [B, K]
             place = real.view(-1).nonzero()[:, 0]
             return place.to(x.device), real[:, None, None].to(x.device)

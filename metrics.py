@@ -121,16 +121,23 @@ def box_intersections(found, truth):
     return (np.minimum(found[:, None, 2:], truth[:, 2:]) - corner).clip(min=0).prod(-1)
 
 
-def mask_intersections(found, truth):
-    """Bool masks [D, H, W] and [G, H, W] -> common pixels [D, G]."""
-    same_shape(found[0], truth[0])
-    f, t = found.reshape(len(found), -1), truth.reshape(len(truth), -1)  # [D, P] [G, P]
-    shared, step = np.zeros((len(f), len(t))), 2**15
+def mask_intersections(found, layers, count):
+    """Bool masks [D, H, W] and `count` others, as layers [L, H, W] whose value g + 1 is mask g ->
+    common pixels [D, G]."""
+    shared, step = np.zeros((len(found), count)), 2**15
+    if not len(found):
+        return shared
+    same_shape(found[0], layers[0])
+    f = found.reshape(len(found), -1)  # [D, P]
     # A matrix product counts the common pixels. Block by block, the fp32 copies stay in the
     # cache and every partial count stays far below 2^24, up to where fp32 counts exactly.
-    for block in (slice(start, start + step) for start in range(0, f.shape[1], step)):
-        if t[:, block].any():
-            shared += f[:, block].astype(np.float32) @ t[:, block].astype(np.float32).T
+    for layer in layers.reshape(len(layers), -1):
+        for block in (slice(start, start + step) for start in range(0, f.shape[1], step)):
+            here = np.flatnonzero(np.bincount(layer[block]))
+            here = here[here > 0]
+            if len(here):
+                t = (layer[block] == here[:, None]).astype(np.float32)
+                shared[:, here - 1] += f[:, block].astype(np.float32) @ t.T
     return shared
 
 
@@ -199,16 +206,18 @@ class AveragePrecision:
 
     def update(self, image_id, predictions, truths):
         """predictions: dict of scores [D], labels [D], and boxes [D, 4] | masks [D, H, W] bool |
-        keypoints [D, J, 3]. truths: dict of labels [G], the same field (keypoints and boxes), and,
-        if known, area [G] (COCO measures the outline, not the box), iscrowd [G] and ignore [G]
+        keypoints [D, J, 3]. truths: dict of labels [G], the same field (keypoints and boxes; masks
+        may be "layers" int [L, H, W], mask g where one of them is g + 1, which takes less memory),
+        and, if known, area [G] (COCO measures the outline, not the box), iscrowd [G] and ignore [G]
         (neither right nor wrong). Predictions of unlisted categories are dropped."""
-        labels, wanted = (np.asarray(x["labels"], int).reshape(-1) for x in (predictions, truths))
+        # copies: views would keep alive all of the batch that they belong to
+        labels, wanted = (np.array(x["labels"], int).reshape(-1) for x in (predictions, truths))
         scores = np.asarray(predictions["scores"], np.float64).reshape(-1)
         require(image_id not in self.images, f"image {image_id} was added twice")
         require(np.isfinite(scores).all(), f"image {image_id} has a score that is not finite")
         require(np.isin(wanted, self.categories).all(), f"image {image_id} has unlisted categories")
         found, found_area, _ = self._measure(predictions)
-        truth, drawn_area, truth_boxes = self._measure(truths)
+        truth, drawn_area, truth_boxes = self._measure(truths, truths=True)
         area = np.asarray(truths.get("area", drawn_area), np.float64)
         crowd, ignore = (np.asarray(truths.get(flag, np.zeros(len(area))), bool)
                          for flag in ("iscrowd", "ignore"))
@@ -221,14 +230,17 @@ class AveragePrecision:
         rank = np.arange(len(order)) - np.searchsorted(labels[order], labels[order])
         order, rank = order[rank < self.limits[-1]], rank[rank < self.limits[-1]]
         labels, scores, found_area = labels[order], scores[order], found_area[order]
+        if self.kind == "mask":
+            shared_masks = mask_intersections(found, truth, len(wanted))[order]
         overlap = np.zeros((len(order), len(area)))  # across categories it stays 0: no match
         for category in np.intersect1d(labels, wanted):
             d, g = np.flatnonzero(labels == category), np.flatnonzero(wanted == category)
-            pair = found[order[d]], truth[g]
             if self.kind == "keypoint":
-                ratio = keypoint_overlaps(*pair, truth_boxes[g], area[g], self.sigmas)
+                ratio = keypoint_overlaps(found[order[d]], truth[g], truth_boxes[g], area[g],
+                                          self.sigmas)
             else:
-                shared = (box_intersections if self.kind == "box" else mask_intersections)(*pair)
+                shared = shared_masks[np.ix_(d, g)] if self.kind == "mask" else (
+                    box_intersections(found[order[d]], truth[g]))
                 # A crowd is a region of objects nobody outlined one by one: it overlaps a
                 # detection by the share of the DETECTION that lies inside
                 size = found_area[d, None]
@@ -241,13 +253,23 @@ class AveragePrecision:
         greedy_match(overlap, outcome, ignored, crowd)  # all categories in one pass
         self.images[image_id] = labels, scores, rank, outcome, wanted, ignored
 
-    def _measure(self, entry):
-        """Shapes, areas [N], boxes [N, 4]; joints without a box span one (as in COCO.loadRes)."""
-        count, shapes = len(entry["labels"]), np.asarray(entry[FIELDS[self.kind]])
+    def _measure(self, entry, truths=False):
+        """Shapes, areas [N], boxes [N, 4]; joints without a box span one (as in COCO.loadRes). True
+        masks become layers."""
+        count = len(entry["labels"])
+        if truths and "layers" in entry:
+            layers = np.asarray(entry["layers"])
+            areas = sum(np.bincount(m.reshape(-1), minlength=count + 1) for m in layers)
+            require(len(areas) == count + 1, f"{count} labels but layers up to {len(areas) - 1}")
+            return layers, areas[1:].astype(np.float64), None
+        shapes = np.asarray(entry[FIELDS[self.kind]])
         require(len(shapes) == count, f"{count} labels but {len(shapes)} {FIELDS[self.kind]}")
         if self.kind == "mask":  # one by one: count_nonzero is fast on whole arrays only
-            areas = [np.count_nonzero(mask) for mask in shapes]
-            return shapes.astype(bool, copy=False), np.array(areas, np.float64), None
+            areas = np.array([np.count_nonzero(mask) for mask in shapes], np.float64)
+            if truths:
+                number = np.arange(1, count + 1, dtype=np.int32)[:, None, None]
+                return shapes.astype(bool) * number, areas, None
+            return shapes.astype(bool, copy=False), areas, None
         shapes = shapes.astype(np.float64).reshape(  # so that an empty list will do
             (count, 4) if self.kind == "box" else (count, len(self.sigmas), 3))
         boxes = np.asarray(entry["boxes"], np.float64).reshape(count, 4) if "boxes" in entry else (

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import batching
 import checkpoints
 import training
-from data import collate_pretraining, open_pretraining
+from data import collate_pretraining, mix, open_pretraining
 from losses import reconstruction_loss
 from model import Pretrainer, normalize, pixel_statistics, split_units
 
@@ -56,11 +57,12 @@ def evaluate(model, dataset, args, state):
     """Mean squared error per target value over the whole validation set, all processes."""
     model.eval()
     total, count = 0.0, 0
-    batches = training.share(len(dataset), args, state)
-    for images, layout in training.loader(dataset, batches, collate_pretraining, model.glid.config,
-                                          args, state):
+    batches = batching.share(len(dataset), args, state)
+    loader = batching.loader(dataset, batches, collate_pretraining, model.glid.config, args, state)
+    for batch in loader:
+        images, layout = batch.to(state.device)
         with state.autocast():
-            prediction, target = model(normalize(images.to(state.device)), layout.to(state.device))
+            prediction, target = model(normalize(images), layout)
         total += reconstruction_loss(prediction, target).item() * len(images) / target.shape[-1]
         count += len(images)
     model.train()
@@ -121,11 +123,11 @@ def main(args):
     model = Pretrainer(config, args.norm_pix).to(state.device)
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay),
                                   betas=(0.9, 0.95), fused=True)
-    step, best = checkpoints.resume(args, model, optimizer, state, val)
+    step, best, due = checkpoints.resume(args, model, optimizer, state, val)
 
-    per_epoch = training.steps_per_epoch(len(train), args, state, f"--data {args.data}")
+    per_epoch = batching.steps_per_epoch(len(train), args, state, f"--data {args.data}")
     steps = args.steps or args.epochs * per_epoch
-    if args.eval or step >= steps:
+    if args.eval or (step >= steps and not due):
         loss = evaluate(model, val, args, state)
         state.say(f"validation error {loss:.4f} of {len(val)} images, step {step}")
         return {"loss": loss, "step": step}
@@ -136,15 +138,18 @@ def main(args):
 
     training.compile_model(model, args)
     ddp = state.wrap(model)
-    batches = training.Batches(len(train), args, state, step, steps)
-    loader = training.Timed(training.loader(training.forgiving(train, args), batches,
+    batches = batching.Batches(len(train), args, state, step, steps)
+    loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches,
                                             collate_pretraining, config, args, state))
-    log = training.Log(args, state, step)
+    log = training.Log(args, state, step, due)
     bar = training.Progress(step, steps, "pre-training", loader, state, total_batch)
     model.train()
+    if due:                                     # the run ended before it was evaluated
+        with bar.evaluation():
+            best = conclude(model, val, args, state, step, best, optimizer, log)
     while step < steps:
         # the network's own noise is a function of (seed, step, rank): resuming repeats it
-        torch.manual_seed(training.mix(args.seed, step, state.rank))
+        torch.manual_seed(mix(args.seed, step, state.rank))
         training.set_lr(optimizer, lr * training.cosine(step, steps, warmup))
         for micro in range(args.accumulate):
             images, layout = state.fetch(loader)
@@ -158,13 +163,17 @@ def main(args):
         optimizer.zero_grad()
         step += 1
 
+        stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
         ends, saves = step % per_epoch == 0 or step == steps, step % args.save_every == 0
-        if ends or saves or step % 20 == 0:
+        if ends or saves or stops or step % 20 == 0:
             log.write(step=step, loss=bar.report(step), lr=optimizer.param_groups[0]["lr"])
+        if ends or saves or stops:              # before the evaluation, which may fail
+            checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
+        if stops:
+            bar.stop(stops)
         if ends:
-            best = conclude(model, val, args, state, step, best, optimizer, log)
-        elif saves:
-            checkpoints.keep(args, model, optimizer, state, step, best, val)
+            with bar.evaluation():
+                best = conclude(model, val, args, state, step, best, optimizer, log)
     bar.close()
     state.say(f"validation error {best:.4f} after {step} steps; {args.out}/best.pt, "
               f"{args.out}/samples/{step:06d}.png")

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 
+import batching
 import checkpoints
 import cocomask
 import data
@@ -1008,7 +1009,7 @@ def test_batches_do_not_depend_on_processes():
                 for i in range(len(shares[0]) // accumulate)]
 
     def data_training_batches(args, rank, world, start):
-        return training.Batches(21, args, training.Run(torch.device("cpu"), rank, world), start, 7)
+        return batching.Batches(21, args, training.Run(torch.device("cpu"), rank, world), start, 7)
     one = steps(4, 1, 1)
     assert one == steps(2, 1, 2) == steps(2, 2, 1) == steps(1, 2, 2)
     assert steps(2, 1, 2, start=3) == one[3:]
@@ -1018,7 +1019,7 @@ def test_batches_do_not_depend_on_processes():
     for world in (1, 2, 3):                                                 # evaluation: each once
         two = argparse.Namespace(batch_size=2)
         ids = [i for r in range(world) for b in
-               training.share(7, two, training.Run(torch.device("cpu"), r, world)) for _, i in b]
+               batching.share(7, two, training.Run(torch.device("cpu"), r, world)) for _, i in b]
         assert sorted(ids) == list(range(7))
 
 
@@ -1366,7 +1367,7 @@ def test_detection_samples_stay_aligned():
     # crowds are not trained on
     source = data.ToyWorld("train", 1, 160, keys=["boxes", "classes"])
     crowd = torch.arange(len(source[0]["classes"])) == 0
-    source.samples[0]["iscrowd"] = crowd
+    source.samples = [source.samples[0] | {"iscrowd": crowd}]
     kept = data.Detection(source, train=True, augment=False, size=160, seed=0)[(0, 0)]
     assert len(kept["labels"]) == len(crowd) - 1
 
@@ -1405,8 +1406,9 @@ def test_detection_loop_does_what_it_says():
         torch.manual_seed(1)
         torch.save({"model": noisy(Pretrainer(TINY)).state_dict(), "config": {}}, at / "pre.pt")
         train, val = data.open_detection("toyworld:2", 64)
-        empty = train.source.samples[1]
+        full, empty = train.source.samples
         empty |= {k: empty[k][:0] for k in ("boxes", "classes", "area")}
+        train.source.samples = [full, empty]
         real = finetune_det.open_detection
         finetune_det.open_detection = lambda *a, **k: (train, val)
         try:
@@ -1419,7 +1421,7 @@ def test_detection_loop_does_what_it_says():
         checkpoints.load_parts(net.glid, at / "pre.pt", checkpoints.PARTS, state)
         groups = training.param_groups(net, 0.1, [("offsets", 50.0), ("backbone", 0.1)])
         optimizer = torch.optim.AdamW(groups, fused=True)
-        order, rows, norms = iter(training.Batches(2, args, state, 0, 5)), [], []
+        order, rows, norms = iter(batching.Batches(2, args, state, 0, 5)), [], []
         for step, scale in enumerate((1, 1, 1, 1, 0.1)):        # the drop at 40 of 50 epochs
             torch.manual_seed(data.mix(0, step, 0))
             training.set_lr(optimizer, 1e-3 * scale)
@@ -1507,6 +1509,7 @@ def test_true_boxes_from_the_network_score_one():
         args = args_for(finetune_det, "--size", 64, "--batch-size", 3, "--workers", 0, "--out", at)
         _, val = data.open_detection("toyworld:6", 96)
         val.transform = data.detection_transform(False, 64)
+        val.source.samples = list(val.source.samples)
         for i, s in enumerate(val.source.samples):
             s["image"] = s["image"][:, :72 + i]
             s["boxes"][:, 1::2].clamp_(max=72 + i)
@@ -1812,7 +1815,7 @@ def test_tasks_take_turns():
     def batches(size, world, rank, start=0, stop=18):
         args = argparse.Namespace(batch_size=size, accumulate=1, seed=1)
         state = training.Run(torch.device("cpu"), rank, world)
-        return list(training.Batches(length, args, state, start, stop, kinds=3))
+        return list(batching.Batches(length, args, state, start, stop, kinds=3))
     def task(at):
         return tasks[sum(at) % 3]
     one = batches(4, 1, 0)                                              # 6 steps an epoch
@@ -2273,7 +2276,7 @@ def test_depth_loop_does_what_it_says():
         groups = training.param_groups(net, 0.01, [("offsets", 50.0), ("backbone", 0.1)])
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
         train, val = data.open_depth("toyworld:4", 64, 64)
-        order = iter(training.Batches(4, args, state, 0, 4))
+        order = iter(batching.Batches(4, args, state, 0, 4))
         # peak after 0.2 steps; then half a cosine over 2.8 steps to 1 / 2500
         for step in range(4):
             low = 1 / 2500
@@ -2723,7 +2726,7 @@ def test_two_processes_share_photos():
     for rank in range(2):
         args, state = args_for(finetune_pose), training.Run(torch.device("cpu"), rank, 2)
         args.batch_size = 4
-        lists = training.share_crowded(counts, args, state)
+        lists = batching.share_crowded(counts, args, state)
         assert all(len(x) == 1 or sum(counts[i] for _, i in x) <= 4 for x in lists)
         shares.append([i for x in lists for _, i in x])
     assert sorted(shares[0] + shares[1]) == list(range(9)) and shares[0] == [0, 2, 4, 6, 8]
@@ -3390,10 +3393,10 @@ def test_skipping_what_is_broken():
         args = argparse.Namespace(on_error="skip", batch_size=1, workers=1, seed=0, accumulate=1)
         state = training.Run(torch.device("cpu"))
         train.transform = lambda sample: sample
-        forgiving = training.forgiving(train, args)
-        assert training.forgiving(train, argparse.Namespace(on_error="stop")) is train
+        forgiving = batching.forgiving(train, args)
+        assert batching.forgiving(train, argparse.Namespace(on_error="stop")) is train
         told, batches = io.StringIO(), [[(0, i)] for i in (0, 1, 2, 1)]
-        timed = training.Timed(training.loader(forgiving, batches, data.collate, TINY, args, state))
+        timed = batching.Timed(batching.loader(forgiving, batches, data.collate, TINY, args, state))
         with contextlib.redirect_stderr(told):
             pixels = [int(next(timed)[0].max()) for _ in batches]
             assert pixels == [0, 80, 80, 80] and timed.skipped() == 1
@@ -3411,7 +3414,7 @@ def test_skipping_what_is_broken():
                 raise InputError("broken")
             return sum(at) % 3
     with quiet():
-        turns = training.forgiving(Turns(range(5)), args)
+        turns = batching.forgiving(Turns(range(5)), args)
         assert all(turns[e, i] == (e + i) % 3 for e in range(4) for i in range(5))
     with folder() as at:
         little_coco(at)
@@ -3740,7 +3743,7 @@ def test_loops_do_what_they_say():
         checkpoints.load_parts(net.glid, at / "p/best.pt", checkpoints.PARTS, state)
         groups = training.param_groups(net, 0.05, [("offsets", 500.0), ("backbone", 0.1)])
         optimizer = torch.optim.AdamW(groups)
-        order = iter(training.Batches(4, args, state, 0, 3))
+        order = iter(batching.Batches(4, args, state, 0, 3))
         for step in range(3):
             torch.manual_seed(data.mix(0, step, 0))
             training.set_lr(optimizer, 1e-3 * (1 - step / 3) ** 0.9)
@@ -3760,7 +3763,7 @@ def test_loops_do_what_they_say():
         args.resume = True
         assert finetune_seg.main(args)["step"] == 3
         best = torch.load(at / "s/last.pt")["best"]
-        assert checkpoints.resume(args, net, optimizer, state, train) == (3, best)
+        assert checkpoints.resume(args, net, optimizer, state, train) == (3, best, False)
         args.weight_decay = 0.1
         with raises(InputError, "--weight-decay", "0.05"):
             checkpoints.resume(args, net, optimizer, state, train)

@@ -1,6 +1,6 @@
 """
-What surrounds every training loop and is not the lesson: flags, processes, the order of the
-samples, schedules, the log. Small functions; the loops stay in the scripts.
+What surrounds every training loop and is not the lesson: flags, the device, processes, signals,
+schedules, the log. Small functions; the loops stay in the scripts, batching.py has the samples.
 
 Resuming is exact because nothing random has a memory: the samples of a step, their augmentation
 and the network's own noise are pure functions of (seed, step) or (seed, epoch, index).
@@ -10,10 +10,12 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
+import tempfile
+import threading
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +23,15 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import InputError, mix
+from data import InputError
 from model import PRESETS, Config, normalize
+
+try:
+    import fcntl
+except ImportError:                             # Windows: nothing guards a folder against two runs
+    fcntl = None
+
+OLDEST = {"Python": (3, 10), "torch": (2, 6)}   # what is tested, as pyproject.toml and README say
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -73,6 +82,8 @@ def add_flags(parser):
     add("--save-every", type=POSITIVE, default=500, help="steps between checkpoints")
     add("--workers", type=COUNT, default=4, help="data processes: read, augment, plan")
     add("--seed", type=number(int, 0, 2**63), default=0)
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: CUDA if "
+        "there is any, else the CPU; mps: Apple's GPU")
     add("--window", type=number(int, 2, 32), help="attention window, tokens a side")
     add("--drop-path", type=number(float, 0, 0.9), help="of the last encoder block")
     add("--decoder-layers", type=number(int, 3, 99), help="a multiple of 3")
@@ -96,6 +107,8 @@ def add_finetune_flags(parser):
 
 def parse(parser, presets, argv=None):
     """Parse argv; `presets` maps a preset's name to defaults that explicit flags override."""
+    if old := too_old():
+        parser.error(old)
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**presets.get(preset, {}))
     args = parser.parse_args(argv)
@@ -116,20 +129,100 @@ def model_config(args):
     return config
 
 
+def too_old(python=sys.version_info, torch_version=torch.__version__):
+    """One line if Python or torch is older than what this code is written for, else None."""
+    found = {"Python": tuple(python[:2]),
+             "torch": tuple(int(n) for n in torch_version.split(".")[:2])}
+    for name, oldest in OLDEST.items():
+        if found[name] < oldest:
+            has, needs = (".".join(map(str, v)) for v in (found[name], oldest))
+            return f"this is {name} {has}; {name} {needs} or newer is needed"
+    return None
+
+
+# -----------------------------------------------------------------------------
+# How a run ends
+
+
+class Stopped(Exception):
+    """Somebody asked the run to end: args are the signal's number and what is saved."""
+
+
 def run(main, args):
-    """Call main; wrong input ends in one line on stderr and exit code 2, not in a traceback."""
+    """Call main. What the user can mend ends in one line on stderr and exit code 2; a signal in one
+    line and 128 + its number; only a fault of ours in a traceback."""
+    for stream in (sys.stdout, sys.stderr):     # a name that this terminal cannot show is escaped
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return main(args)
-    except (InputError, FloatingPointError) as error:
-        # an error from a data process carries its traceback: the last line is ours
-        message = str(error).strip().splitlines()[-1].replace("files.InputError: ", "")
-    except OSError as error:
-        message = f"{error.filename or 'input or output'}: {error.strerror or error}"
-    finally:
+        result = main(args)
         if dist.is_initialized():
             dist.destroy_process_group()
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+        return result
+    except Stopped as stopped:
+        code, message = 128 + stopped.args[0], stopped.args[1]
+    except KeyboardInterrupt:                   # before the first step: as any program
+        code, message = 128 + signal.SIGINT, "stopped before the first step; nothing to save"
+    except (InputError, FloatingPointError) as error:
+        # an error from a data process carries its traceback: the last line is ours
+        text = str(error).strip().splitlines()[-1].replace("files.InputError: ", "")
+        code, message = 2, f"error: {text}"
+    except OSError as error:
+        full = "; raise `ulimit -n`, or take fewer --workers" * (error.errno == 24)
+        code = 2
+        message = f"error: {error.filename or 'input or output'}: {error.strerror or error}{full}"
+    except RuntimeError as error:
+        if not (message := explained(error)):
+            raise
+        code, message = 2, f"error: {message}"
+    last_word(message)
+    sys.exit(code)
+
+
+def explained(error):
+    """What a RuntimeError of torch means for the user, or None if it may be a fault of ours."""
+    text = str(error)
+    first = text.strip().splitlines()[0] if text.strip() else ""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is full ({first[:120]}); lower --batch-size or the sizes"
+    if isinstance(error, NotImplementedError) and "MPS" in text:
+        return f"Apple's GPU lacks an operation ({first[:120]}); --device cpu, or set " \
+            "PYTORCH_ENABLE_MPS_FALLBACK=1"
+    if "DataLoader worker" in text and ("killed" in text or "exited" in text):
+        return f"a data process has ended ({first[:120]}); was memory full? Try --workers 0"
+    if dist.is_initialized() and ("gloo" in text or isinstance(error, dist.DistBackendError)):
+        return "another process of this run has ended; its message says why"
+    return None
+
+
+def last_word(message):
+    """Print the line on stderr, once for all processes of a machine, and under torchrun once more
+    below the long report that it writes when a process fails."""
+    torchrun = os.getppid()
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not hasattr(os, "fork"):
+        print(message, file=sys.stderr, flush=True)
+        return
+    claim = Path(tempfile.gettempdir(), f"nanoglid-{torchrun}")
+    try:
+        claim.open("x").close()
+    except OSError:                             # another process has said it
+        return
+    print(message, file=sys.stderr, flush=True)
+    if os.fork() == 0:
+        os.setsid()                             # torchrun ends our process group
+        while running(torchrun):
+            time.sleep(0.05)
+        os.write(2, f"{message}\n".encode(errors="backslashreplace"))
+        claim.unlink()
+        os._exit(0)
+
+
+def running(process):
+    """Whether a process lives, to Linux's knowledge; elsewhere False."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 # -----------------------------------------------------------------------------
@@ -160,11 +253,8 @@ class Run:
 
     def fetch(self, loader):
         """Next batch on the device: images normalised, their layout, targets if there are any."""
-        images, layout, *targets = next(loader)
-        move = partial(torch.Tensor.to, device=self.device, non_blocking=True)
-        targets = [[{k: move(v) if torch.is_tensor(v) else v for k, v in t.items()} for t in batch]
-                   for batch in targets]
-        return normalize(move(images)), layout.to(self.device), *targets
+        images, *more = next(loader).to(self.device)
+        return normalize(images), *more
 
     def no_sync(self, model, last):
         """Average the gradients only at the last micro-step of an optimiser step."""
@@ -174,8 +264,7 @@ class Run:
         """Sum of each number over all processes, floats in float64."""
         total = torch.tensor([float(v) for v in values], dtype=torch.float64)
         if self.world > 1:
-            total = total.to(self.device)
-            dist.all_reduce(total)
+            dist.all_reduce(total)          # by gloo, on the CPU: no GPU is waited for
         return total.tolist()
 
     def merged(self, metric):
@@ -189,189 +278,133 @@ class Run:
         return parts[0]
 
 
-def pick_device(local_rank=0):
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank)
-    return torch.device("cpu")
+def pick_device(name="auto", local_rank=0):
+    """--device: "auto" is the CUDA GPU of this process, else the CPU. Apple's GPU on request."""
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise InputError("--device mps: torch sees no GPU of Apple's here; leave the flag out")
+        if "RANK" in os.environ:
+            raise InputError("--device mps: one process only, without torchrun")
+        return torch.device("mps")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA GPU; leave the flag out, or install "
+                         "torch for CUDA and the driver")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} "
+                         "GPUs of this machine; one a GPU")
+    return torch.device("cuda", local_rank)
 
 
-def autocast_dtype(device):
-    """bf16 where the GPU has it; fp16 would need loss scaling, and MAE users report its NaNs."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return torch.bfloat16
-    return None
+def precision(device):
+    """-> (dtype of autocast or None for fp32, words that say why)."""
+    if device.type != "cuda":
+        return None, "fp32"
+    # not by emulation, which T4 and V100 offer and which is slower than fp32; fp16 would need loss
+    # scaling, and MAE users report its NaNs
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "bf16 autocast"
+    return None, "fp32 (this GPU has no bf16)"
 
 
 def start(args):
-    """Join the process group torchrun describes, if any; say what runs where."""
-    device = pick_device(int(os.environ.get("LOCAL_RANK", 0)))
-    state = Run(device, dtype=autocast_dtype(device))
+    """Join the process group torchrun describes, if any; say what runs where; claim OUT."""
+    device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    dtype, words = precision(device)
+    state = Run(device, dtype=dtype)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         if not dist.is_initialized():           # a program may run several scripts
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         state.rank, state.world = dist.get_rank(), dist.get_world_size()
-    precision = "bf16 autocast" if state.dtype else "fp32"
-    state.say(f"device {device}, {state.world} process(es), {precision}")
+    words += "; Apple's GPUs are untried by us" * (device.type == "mps")
+    state.say(f"device {device}, {state.world} process(es), {words}")
     if Path(args.out, "last.pt").exists() and not (args.resume or args.eval):
         raise InputError(f"--out {args.out}: holds a run already; --resume continues it, another "
                          "--out starts a new one")
-    try:
-        if not args.eval:                                   # a mistyped --out makes no folder
+    if not args.eval:                                       # a mistyped --out makes no folder
+        free = True
+        try:
             Path(args.out, "samples").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {args.out}: cannot be written ({error.strerror})") from None
+            free = state.rank > 0 or claim(args.out)
+        except OSError as error:
+            raise InputError(f"--out {args.out}: cannot be written ({error.strerror})") from None
+        if state.sum(not free)[0]:                          # all processes end, not rank 0 alone
+            raise InputError(f"--out {args.out}: another run is writing there; wait for it, or give"
+                             " another --out")
     return state
 
 
+CLAIMS = {}                                     # folder -> its open lock file
+
+
+def claim(folder):
+    """Whether this process may write into the folder, until it ends, however it ends.
+
+    A POSIX lock belongs to one process, its children do not inherit it, and the kernel lets go of
+    it even after SIGKILL.
+    """
+    path = str(Path(folder, ".lock").resolve())
+    if fcntl and path not in CLAIMS:            # opened once: closing it would let go of the lock
+        file = open(path, "a")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            # some network drives know no locks: then there is no guard
+            return error.errno not in (11, 13)
+        CLAIMS[path] = file
+    return True
+
+
 # -----------------------------------------------------------------------------
-# The order of the samples
-
-
-class Batches:
-    """Which samples each micro-batch of this process holds, for steps start..stop-1.
-
-    A pure function of (seed, step): epoch e visits a permutation drawn from (seed, e), a step takes
-    the next `total` of it, and micro-step a of rank r its share. So resuming needs only the step,
-    and the samples of a step do not depend on how many processes share it. The tail of an epoch
-    that does not fill a step is dropped. Yields lists of (epoch, index) for DataLoader.
-
-    kinds: with more than one, any n samples in a row hold n / kinds (rounded down or up) of each
-    kind of index, the remainder of index / kinds.
-    """
-
-    def __init__(self, length, args, state, start, stop, kinds=1):
-        self.size, self.accumulate, self.seed = args.batch_size, args.accumulate, args.seed
-        self.kinds = kinds
-        self.length, self.state, self.start, self.stop = length, state, start, stop
-        self.total = self.size * state.world * self.accumulate
-
-    def __len__(self):
-        return (self.stop - self.start) * self.accumulate
-
-    def __iter__(self):
-        per_epoch, epoch_of_order = self.length // self.total, None
-        for step in range(self.start, self.stop):
-            epoch, i = divmod(step, per_epoch)
-            if epoch != epoch_of_order:
-                generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-                order, epoch_of_order = torch.randperm(self.length, generator=generator), epoch
-                if self.kinds > 1:              # first of each kind, second of each kind, ...
-                    place = torch.empty_like(order)
-                    for kind in range(self.kinds):
-                        mine = order % self.kinds == kind
-                        place[mine] = torch.arange(int(mine.sum())) * self.kinds + kind
-                    order = order[place.argsort()]
-            for a in range(self.accumulate):
-                first = i * self.total + (a * self.state.world + self.state.rank) * self.size
-                yield [(epoch, j) for j in order[first:first + self.size].tolist()]
-
-
-def loader(dataset, batches, collate, config, args, state):
-    """DataLoader over lists of (epoch, index); collate(config, samples) makes a batch of each.
-
-    The data processes also plan the Layout; their number changes speed, never the samples.
-    """
-    return torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, collate_fn=partial(collate, config),
-        num_workers=args.workers, prefetch_factor=4 if args.workers else None,
-        pin_memory=state.device.type == "cuda")
-
-
-def schedule(length, args, state):
-    """Steps of the whole run: --steps, else --epochs. Evaluation alone needs no training set."""
-    if args.eval:
-        return 0
-    per_epoch = steps_per_epoch(length, args, state, f"--data {args.data}")
-    return args.steps or args.epochs * per_epoch
-
-
-class Skipping:
-    """A training set in which the next readable sample takes the place of an unreadable one, which
-    is told on stderr once. `broken` is shared with the data processes: bool per sample."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-        self.broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, at):
-        epoch, index = at
-        for i in [*range(index, len(self)), *range(index)]:
-            try:
-                # the sum of the two is kept, which chooses the sample's task (data.Segmentation)
-                return self.dataset[epoch + index - i, i]
-            except InputError as error:
-                if not self.broken[i]:
-                    self.broken[i] = True
-                    print(f"\nskipped: {error}", file=sys.stderr, flush=True)
-        raise InputError("no training photo can be read")
-
-
-def forgiving(dataset, args):
-    """The training set, Skipping with --on-error skip."""
-    return Skipping(dataset) if args.on_error == "skip" else dataset
-
-
-def share(length, args, state):
-    """Index lists of this process for evaluation: every sample once, on exactly one process."""
-    mine = [(0, i) for i in range(state.rank, length, state.world)]
-    return [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
-
-
-def share_crowded(counts, args, state):
-    """The same for samples of counts[i] persons each: about --batch-size persons a list, so that
-    memory is bounded by that and the most crowded photo."""
-    lists, persons = [], math.inf
-    for i in range(state.rank, len(counts), state.world):
-        if persons + counts[i] > args.batch_size:
-            lists.append([])
-            persons = 0
-        lists[-1].append((0, i))
-        persons += max(1, counts[i])                        # a photo of nobody is still read
-    return lists
-
-
-def steps_per_epoch(length, args, state, what):
-    total = args.batch_size * state.world * args.accumulate
-    if length < total:
-        raise InputError(f"{what}: {length} training images are fewer than one step takes ({total})"
-                         "; lower --batch-size or --accumulate")
-    return length // total
-
-
-class Timed:
-    """Iterate a loader and know the share of time spent waiting for data."""
-
-    def __init__(self, loader):
-        self.iterator, self.waited, self.begun = iter(loader), 0.0, time.perf_counter()
-        self.dataset = loader.dataset
-
-    def __next__(self):
-        before = time.perf_counter()
-        batch = next(self.iterator)
-        self.waited += time.perf_counter() - before
-        return batch
-
-    def share(self):
-        return self.waited / max(time.perf_counter() - self.begun, 1e-9)
-
-    def skipped(self):
-        """How many different samples this process had to skip so far."""
-        return int(self.dataset.broken.sum()) if isinstance(self.dataset, Skipping) else 0
+# What a run tells
 
 
 class Progress:
-    """Progress bar, mean loss since the last report, and the watch for a loss of NaN."""
+    """Progress bar, mean loss since the last report, the watch for a loss of NaN and for signals.
+
+    SIGINT (Ctrl-C) and SIGTERM (a cluster that wants its machine back) ask for an end after the
+    running step; a second one ends the process at once.
+    """
 
     def __init__(self, step, steps, what, loader, state, images_per_step):
         self.state, self.loader, self.images = state, loader, images_per_step
         self.bar = tqdm(initial=step, total=steps, desc=what, disable=state.rank > 0,
                         mininterval=1, smoothing=0.05, file=sys.stdout)
         self.total, self.first = 0.0, step
+        self.signal, self.evaluating, self.before = 0, False, {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {n: signal.signal(n, self.asked) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def asked(self, number, _):
+        """Handler of a signal."""
+        if self.signal:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.signal = number
+        if self.evaluating:                     # it may last longer than the cluster waits
+            self.stop(number)
+
+    def stops(self):
+        """The signal that any process got, or 0; all processes get the same answer."""
+        seen = self.state.sum(*(self.signal == n for n in (signal.SIGINT, signal.SIGTERM)))
+        return signal.SIGINT if seen[0] else signal.SIGTERM if seen[1] else 0
+
+    def stop(self, number):
+        """End the run, whose last step is saved."""
+        self.bar.close()
+        raise Stopped(number, f"stopped by {signal.Signals(number).name}; saved, and --resume added"
+                      " to the same command goes on")
+
+    @contextlib.contextmanager
+    def evaluation(self):
+        """Around an evaluation, before which the run is saved: a signal ends it at once."""
+        self.evaluating = True
+        yield
+        self.evaluating = False
 
     def add(self, loss):
         """A micro-step's share of its step's loss, a scalar tensor (summed on the device)."""
@@ -395,6 +428,8 @@ class Progress:
 
     def close(self):
         self.bar.close()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
         if skipped := int(self.state.sum(self.loader.skipped())[0]):
             self.state.say(f"{skipped} unreadable training photos were replaced by the next one, "
                            "each named above")
@@ -497,19 +532,22 @@ def set_lr(optimizer, lr):
 
 class Log:
     """One JSON object a line in OUT/log.jsonl, written by rank 0. A resumed run drops the lines
-    that a killed one wrote after its last checkpoint."""
+    that a killed one wrote after its last checkpoint; due: that step's evaluation among them."""
 
-    def __init__(self, args, state, step):
+    def __init__(self, args, state, step, due=False):
         self.path = Path(args.out, "log.jsonl") if state.rank == 0 else None
         if self.path and self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            lines = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = [line for line in lines if line.endswith("}")]
+            rows = [json.loads(line) for line in lines]
+            lines = [line + "\n" for line, row in zip(lines, rows)
+                     if row["step"] < step or (row["step"] == step and ("lr" in row or not due))]
             kept = self.path.with_suffix(".tmp")
-            kept.write_text("".join(lines))
+            kept.write_text("".join(lines), encoding="utf-8")
             os.replace(kept, self.path)
 
     def write(self, **row):
         if self.path:
-            with open(self.path, "a") as f:
+            with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v
                                     for k, v in row.items()}) + "\n")

@@ -1,0 +1,249 @@
+"""
+Which samples a step holds, and how they travel from the data processes to the device.
+
+Resuming is exact because the samples of a step are a pure function of (seed, step), and their
+augmentation of (seed, epoch, index).
+"""
+import io
+import math
+import pickle
+import signal
+import sys
+import time
+from functools import partial
+
+import torch
+
+from data import InputError, mix
+
+
+class Batches:
+    """Which samples each micro-batch of this process holds, for steps start..stop-1.
+
+    A pure function of (seed, step): epoch e visits a permutation drawn from (seed, e), a step takes
+    the next `total` of it, and micro-step a of rank r its share. So resuming needs only the step,
+    and the samples of a step do not depend on how many processes share it. The tail of an epoch
+    that does not fill a step is dropped. Yields lists of (epoch, index) for DataLoader.
+
+    kinds: with more than one, any n samples in a row hold n / kinds (rounded down or up) of each
+    kind of index, the remainder of index / kinds.
+    """
+
+    def __init__(self, length, args, state, start, stop, kinds=1):
+        self.size, self.accumulate, self.seed = args.batch_size, args.accumulate, args.seed
+        self.kinds = kinds
+        self.length, self.state, self.start, self.stop = length, state, start, stop
+        self.total = self.size * state.world * self.accumulate
+
+    def __len__(self):
+        return (self.stop - self.start) * self.accumulate
+
+    def __iter__(self):
+        per_epoch, epoch_of_order = self.length // self.total, None
+        for step in range(self.start, self.stop):
+            epoch, i = divmod(step, per_epoch)
+            if epoch != epoch_of_order:
+                generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+                order, epoch_of_order = torch.randperm(self.length, generator=generator), epoch
+                if self.kinds > 1:              # first of each kind, second of each kind, ...
+                    place = torch.empty_like(order)
+                    for kind in range(self.kinds):
+                        mine = order % self.kinds == kind
+                        place[mine] = torch.arange(int(mine.sum())) * self.kinds + kind
+                    order = order[place.argsort()]
+            for a in range(self.accumulate):
+                first = i * self.total + (a * self.state.world + self.state.rank) * self.size
+                yield [(epoch, j) for j in order[first:first + self.size].tolist()]
+
+
+def steps_per_epoch(length, args, state, what):
+    """Optimiser steps that `length` training samples fill; what: the flag to name if none."""
+    total = args.batch_size * state.world * args.accumulate
+    if length < total:
+        raise InputError(f"{what}: {length} training images are fewer than one step takes ({total})"
+                         "; lower --batch-size or --accumulate")
+    return length // total
+
+
+def schedule(length, args, state):
+    """Steps of the whole run: --steps, else --epochs. Evaluation alone needs no training set."""
+    if args.eval:
+        return 0
+    per_epoch = steps_per_epoch(length, args, state, f"--data {args.data}")
+    return args.steps or args.epochs * per_epoch
+
+
+def share(length, args, state):
+    """Index lists of this process for evaluation: every sample once, on exactly one process."""
+    mine = [(0, i) for i in range(state.rank, length, state.world)]
+    return [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+
+
+def share_crowded(counts, args, state):
+    """The same for samples of counts[i] persons each: about --batch-size persons a list, so that
+    memory is bounded by that and the most crowded photo."""
+    lists, persons = [], math.inf
+    for i in range(state.rank, len(counts), state.world):
+        if persons + counts[i] > args.batch_size:
+            lists.append([])
+            persons = 0
+        lists[-1].append((0, i))
+        persons += max(1, counts[i])                        # a photo of nobody is still read
+    return lists
+
+
+# -----------------------------------------------------------------------------
+# From the data processes to the device
+
+
+ALIGNMENT = 64                                  # bytes: where a tensor may begin in the buffer
+
+
+class Packer(pickle.Pickler):
+    """Pickles anything, but keeps the tensors in it aside, in self.tensors."""
+
+    def __init__(self, file):
+        super().__init__(file, protocol=5)
+        self.tensors = []
+
+    def persistent_id(self, thing):
+        if isinstance(thing, torch.Tensor):
+            self.tensors.append(thing)
+            return len(self.tensors) - 1
+        return None
+
+
+class Unpacker(pickle.Unpickler):
+    """Unpickles what Packer wrote, with these tensors in their places."""
+
+    def __init__(self, file, tensors):
+        super().__init__(file)
+        self.tensors = tensors
+
+    def persistent_load(self, number):
+        return self.tensors[number]
+
+
+class Packed:
+    """A batch as one buffer of bytes, which holds all of its tensors, and a pickle of the rest.
+
+    A data process hands every tensor it sends to the main process as an open file. Batches are
+    hundreds of small tensors, and Linux allows 1024 open files; one buffer is one file. It also
+    reaches a GPU in one copy. Where shared memory is full (Docker gives 64 MB), the buffer travels
+    through the pipe instead, a little slower.
+    """
+
+    def __init__(self, batch):
+        file = io.BytesIO()
+        packer = Packer(file)
+        packer.dump(batch)
+        self.rest, self.parts, end = file.getvalue(), [], 0
+        for tensor in packer.tensors:
+            first = -(-end // ALIGNMENT) * ALIGNMENT
+            end = first + tensor.numel() * tensor.element_size()
+            self.parts.append((first, end, tensor.dtype, tensor.shape))
+        self.buffer = torch.empty(end, dtype=torch.uint8)
+        if torch.utils.data.get_worker_info():
+            try:
+                self.buffer = shared(end)
+            except (RuntimeError, OSError):
+                pass                                        # stays in memory of its own
+        for tensor, (first, end, *_) in zip(packer.tensors, self.parts):
+            self.buffer[first:end] = tensor.contiguous().flatten().view(torch.uint8)
+
+    def __getstate__(self):
+        buffer = self.buffer if self.buffer.is_shared() else self.buffer.numpy()
+        return self.__dict__ | {"buffer": buffer}
+
+    def __setstate__(self, state):
+        self.__dict__ |= state | {"buffer": torch.as_tensor(state["buffer"])}
+
+    def pin_memory(self):
+        """For DataLoader, so that the copy to a GPU does not wait."""
+        self.buffer = self.buffer.pin_memory()
+        return self
+
+    def to(self, device="cpu"):
+        """The batch, each of its tensors a view of one buffer on the device."""
+        buffer = self.buffer.to(device, non_blocking=True)
+        tensors = [buffer[first:end].view(dtype).view(shape)
+                   for first, end, dtype, shape in self.parts]
+        return Unpacker(io.BytesIO(self.rest), tensors).load()
+
+
+def shared(size):
+    """uint8 [size] in shared memory; RuntimeError or OSError where there is no room for it."""
+    return torch.empty(size, dtype=torch.uint8).share_memory_()
+
+
+def pack(collate, config, samples):
+    """DataLoader's collate_fn, in the data process: samples -> Packed batch."""
+    return Packed(collate(config, samples))
+
+
+def ignore_signals(_):
+    """A data process goes on until the main process ends it: Ctrl-C and a cluster's SIGTERM reach
+    the whole group, and the step that is running still needs its data."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def loader(dataset, batches, collate, config, args, state):
+    """DataLoader over lists of (epoch, index), of Packed batches collate(config, samples).
+
+    The data processes also plan the Layout; their number changes speed, never the samples.
+    """
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, collate_fn=partial(pack, collate, config),
+        num_workers=args.workers, prefetch_factor=4 if args.workers else None,
+        pin_memory=state.device.type == "cuda", worker_init_fn=ignore_signals)
+
+
+class Skipping:
+    """A training set in which the next readable sample takes the place of an unreadable one, which
+    is told on stderr once. `broken` is shared with the data processes: bool per sample."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.broken = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, at):
+        epoch, index = at
+        for i in [*range(index, len(self)), *range(index)]:
+            try:
+                # the sum of the two is kept, which chooses the sample's task (data.Segmentation)
+                return self.dataset[epoch + index - i, i]
+            except InputError as error:
+                if not self.broken[i]:
+                    self.broken[i] = True
+                    print(f"\nskipped: {error}", file=sys.stderr, flush=True)
+        raise InputError("no training photo can be read")
+
+
+def forgiving(dataset, args):
+    """The training set, Skipping with --on-error skip."""
+    return Skipping(dataset) if args.on_error == "skip" else dataset
+
+
+class Timed:
+    """Iterate a loader and know the share of time spent waiting for data."""
+
+    def __init__(self, loader):
+        self.iterator, self.waited, self.begun = iter(loader), 0.0, time.perf_counter()
+        self.dataset = loader.dataset
+
+    def __next__(self):
+        before = time.perf_counter()
+        batch = next(self.iterator)
+        self.waited += time.perf_counter() - before
+        return batch
+
+    def share(self):
+        return self.waited / max(time.perf_counter() - self.begun, 1e-9)
+
+    def skipped(self):
+        """How many different samples this process had to skip so far."""
+        return int(self.dataset.broken.sum()) if isinstance(self.dataset, Skipping) else 0
