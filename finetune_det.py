@@ -157,16 +157,16 @@ def main(args):
         torch.manual_seed(mix(args.seed, step, state.rank))            # drop path
         lr = args.lr * training.multistep(step, steps, [0.8])
         training.set_lr(optimizer, lr)
-        for micro in range(args.accumulate):
-            images, layout, targets = state.fetch(loader)
-            # every process divides by the same count, that of this micro-step, so that gradients
-            # average to the true mean
-            objects = state.sum(sum(len(t["labels"]) for t in targets))[0] / state.world
-            with state.no_sync(ddp, last=micro + 1 == args.accumulate):
+        parts = [state.fetch(loader) for _ in range(args.accumulate)]
+        # all divide by the number of objects of the whole step, over micro-steps and processes, so
+        # that the gradient is that of one large batch, however it is split
+        objects = sum(len(t["labels"]) for _, _, targets in parts for t in targets)
+        objects = max(1, state.sum(objects)[0] / state.world)
+        for micro, (images, layout, targets) in enumerate(parts, 1):
+            with state.no_sync(ddp, last=micro == args.accumulate):
                 with state.autocast():
                     class_logits, boxes = ddp(images, layout, train=True)
-                loss = group_losses(class_logits, boxes, targets, max(1, objects), args)
-                loss = loss / args.accumulate
+                loss = group_losses(class_logits, boxes, targets, objects, args)
                 loss.backward()
             bar.add(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)

@@ -213,10 +213,10 @@ def slices(tasks, targets):
     return {t: slice(bisect_left(names, t), bisect_right(names, t)) for t in tasks}
 
 
-def objects_per_image(asked, targets, state):
-    """Mean number of objects in a task's images of this micro-step over all processes, a list.
-    All divide by the same number, so that gradients average to the true mean."""
-    counts = [[len(t["labels"]) for t in targets[mine]] for mine in asked.values()]
+def objects_per_image(tasks, targets, state):
+    """Mean number of objects in a task's images of the whole step, over its micro-steps and all
+    processes, a list. All divide by the same number, so that gradients average to the true mean."""
+    counts = [[len(t["labels"]) for t in targets if t["task"] == task] for task in tasks]
     sums = state.sum(*map(sum, counts), *map(len, counts))
     return [objects / max(1, images) for objects, images in zip(sums, sums[len(counts):])]
 
@@ -266,11 +266,11 @@ def main(args):
         torch.manual_seed(mix(args.seed, step, state.rank))    # drop path, sampled points
         lr = args.lr * training.poly(step, args.steps)
         training.set_lr(optimizer, lr)
-        for micro in range(args.accumulate):
-            images, layout, targets = state.fetch(loader)
+        parts = [state.fetch(loader) for _ in range(args.accumulate)]
+        density = objects_per_image(args.tasks, [t for *_, ts in parts for t in ts], state)
+        for micro, (images, layout, targets) in enumerate(parts, 1):
             asked = slices(args.tasks, targets)
-            density = objects_per_image(asked, targets, state)
-            with state.no_sync(ddp, last=micro + 1 == args.accumulate):
+            with state.no_sync(ddp, last=micro == args.accumulate):
                 with state.autocast():
                     answers = ddp(images, layout, asked, every_layer=True)
                 canvas = [n * model.glid.config.unit for n in layout.grid_units]

@@ -10,6 +10,7 @@ re-statement of the encoder, brute force over permutations, cases worked by hand
 import argparse
 import colorsys
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -105,6 +106,17 @@ def noisy(module, seed=0):
         for p in module.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
     return module
+
+
+def stacked(masks):
+    """Masks bool [N, H, W] -> layers, as a photo of a COCO file has them."""
+    return torch.from_numpy(cocomask.stack(masks.numpy(), *masks.shape))
+
+
+def masks_in(sample):
+    """Masks bool [N, H, W] of a sample with layers."""
+    numbers = range(1, len(sample["classes"]) + 1)
+    return torch.from_numpy(cocomask.unstack(np.asarray(sample["layers"]), numbers))
 
 
 def random_hidden(batch, side, count, seed=0):
@@ -1397,9 +1409,9 @@ def test_perfect_detections_score_one():
 def test_detection_loop_does_what_it_says():
     """finetune_det.py with two micro-steps, one of them without objects, against training written
     out by hand: the same weights, and the same losses and rates in the log."""
-    with folder() as at, quiet():
+    with folder() as at, quiet(), steady_adam():
         args = args_for(finetune_det, "--data", "toyworld:2", "--batch-size", 1, "--accumulate", 2,
-                        "--workers", 0, "--steps", 5, "--save-every", 1, "--clip", 115, "--repeats",
+                        "--workers", 0, "--steps", 5, "--save-every", 1, "--clip", 240, "--repeats",
                         3, "--queries", 12, "--many-queries", 30, "--query-lr", 50, "--backbone-lr",
                         0.1, "--weight-decay", 0.1, "--drop-path", 0.3, "--init", at / "pre.pt",
                         "--out", at / "d")
@@ -1426,22 +1438,22 @@ def test_detection_loop_does_what_it_says():
             torch.manual_seed(data.mix(0, step, 0))
             training.set_lr(optimizer, 1e-3 * scale)
             total = 0
-            for _ in range(2):
-                images, tokens, targets = data.collate(TINY, [train[i] for i in next(order)])
+            parts = [data.collate(TINY, [train[i] for i in next(order)]) for _ in range(2)]
+            count = sum(len(targets[0]["labels"]) for *_, targets in parts)
+            for images, tokens, targets in parts:
                 logits, boxes = net(M.normalize(images), tokens, train=True)
-                count = max(1, len(targets[0]["labels"]))
                 loss = sum(losses.detection_loss(logits[:, :, first:last], boxes[:, :, first:last],
                                                  targets, count, repeats)["loss"]
-                           for first, last, repeats in ((0, 12, 1), (12, 42, 3))) / 2
+                           for first, last, repeats in ((0, 12, 1), (12, 42, 3)))
                 loss.backward()
                 total += loss.item()
-            norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), 115).item())
+            norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), 240).item())
             optimizer.step()
             optimizer.zero_grad()
             rows.append((total, 1e-3 * scale))
-        assert min(norms) < 115 < max(norms)         # Adam would not notice a constant factor
+        assert min(norms) < 240 < max(norms)         # Adam would not notice a constant factor
         torch.save({"model": net.state_dict()}, at / "hand.pt")
-        assert weights_differ(at / "d/last.pt", at / "hand.pt") < 1e-5
+        assert weights_differ(at / "d/last.pt", at / "hand.pt") < STEADY
         logged = [r for r in map(json.loads, (at / "d/log.jsonl").read_text().splitlines())
                   if "loss" in r]
         assert_close(torch.tensor([(r["loss"], r["lr"]) for r in logged]), torch.tensor(rows), 1e-4)
@@ -1453,12 +1465,13 @@ def test_two_processes_train_detection_as_one():
     with folder() as at:
         flags = ["--data", "toyworld:12", "--workers", 0, "--steps", 3, "--save-every", 1,
                  "--accumulate", 2, "--query-lr", 0, "--queries", 12, "--many-queries", 24]
-        two = launch("finetune_det.py", *flags, "--batch-size", 1, "--out", at / "two", processes=2)
-        with quiet():
+        two = launch("finetune_det.py", *flags, "--batch-size", 1, "--out", at / "two", processes=2,
+                     steady=True)
+        with quiet(), steady_adam():
             finetune_det.main(args_for(finetune_det, *flags, "--batch-size", 2, "--out",
                                        at / "one"))
         finish(two)
-        assert weights_differ(at / "one/last.pt", at / "two/last.pt") < 2e-4
+        assert weights_differ(at / "one/last.pt", at / "two/last.pt") < STEADY
         a, b = ([json.loads(r).get("loss", 0) for r in (at / n / "log.jsonl").open()]
                 for n in ("one", "two"))
         assert_close(torch.tensor(a), torch.tensor(b), 1e-4)
@@ -1759,7 +1772,7 @@ def test_objects_of_toyworld():
         plain = {k: s[k] for k in ("panoptic", "segments")}
         labels, masks, crowd = data.find_objects("instance", plain, 7)
         assert torch.equal(masks, s["masks"]) and torch.equal(labels, s["classes"])
-        stack = dict(masks=s["masks"].byte(), classes=s["classes"], iscrowd=s["classes"] == 0)
+        stack = dict(layers=stacked(s["masks"]), classes=s["classes"], iscrowd=s["classes"] == 0)
         for a, b in zip(data.find_objects("instance", stack, 7), (labels, masks, labels == 0)):
             assert torch.equal(a, b)
         labels, masks, crowd = data.find_objects("panoptic", plain, 7)
@@ -1785,7 +1798,7 @@ def test_objects_stay_aligned_and_empty_ones_go():
                                     (torch.arange(64) == 7).long()], 1)
             mask = data.tv_tensors.Mask
             return {"image": data.tv_tensors.Image(photo), "panoptic": mask(ids.int()),
-                    "segments": segments, "masks": mask(masks),
+                    "segments": segments, "layers": mask(stacked(masks.bool())),
                     "classes": torch.tensor([0, 1, 0, 1]), "iscrowd": torch.tensor([0, 0, 0, 1])}
     sizes = set()
     train = data.Segmentation(Source(), True, 32, 0, ["instance", "panoptic"])
@@ -2261,7 +2274,7 @@ def test_one_cycle_is_torchs():
 
 def test_depth_loop_does_what_it_says():
     """finetune_depth.py with two micro-steps against training written out by hand."""
-    with folder() as at, quiet():
+    with folder() as at, quiet(), steady_adam():
         args = args_for(finetune_depth, "--data", "toyworld:4", "--batch-size", 2, "--accumulate",
                         2, "--workers", 0, "--steps", 4, "--clip", 0.5, "--query-lr", 50,
                         "--backbone-lr", 0.1, "--lr", 1e-3, "--init", at / "pre.pt",
@@ -2291,7 +2304,7 @@ def test_depth_loop_does_what_it_says():
             optimizer.step()
             optimizer.zero_grad()
         torch.save({"model": net.state_dict()}, at / "hand.pt")
-        assert weights_differ(at / "d/last.pt", at / "hand.pt") < 1e-6
+        assert weights_differ(at / "d/last.pt", at / "hand.pt") < STEADY
         assert weights_differ(at / "d/last.pt", at / "d/best.pt") == 0
         # REL of 4 images, image by image, from predictions at their own size
         rel = []
@@ -2348,9 +2361,10 @@ def test_depth_wrong_input():
                             (["--eigen-crop", "--init", "no.pt"], "--eigen-crop"),
                             (["--min-depth", 11, "--max-depth", 12, "--steps", 1], "--max-depth"),
                             (["--data", at], "toyworld")):
-            flags = ["--data", "toyworld:2", "--batch-size", 2, "--workers", 0, "--out", at, *flags]
+            out = at / word                                 # of which the third is saved
+            flags = ["--data", "toyworld:2", "--batch-size", 2, "--workers", 0, *flags]
             with raises(InputError, word):
-                finetune_depth.main(args_for(finetune_depth, *flags))
+                finetune_depth.main(args_for(finetune_depth, "--out", out, *flags))
         paper = training.parse(finetune_depth.flags(), finetune_depth.PRESETS, ["--data", "x"])
         assert (paper.steps, paper.batch_size, paper.queries, paper.lr) == (38_400, 2, 64, 1e-4)
         assert (paper.crop, paper.weight_decay, paper.clip) == ([416, 544], 0.01, 35)
@@ -2799,8 +2813,10 @@ def test_coco_layout_gives_toyworld_back():
             assert poses[n].classes == ("person",) and poses[n].category_ids == (3,)
             for i, truth in enumerate(toy(split, keys=keys)):
                 found, pose, whole_ = (s[n][i] for s in (objects, poses, segments))
-                for key in ("boxes", "classes", "masks"):
+                for key in ("boxes", "classes"):
                     assert (found[key].as_subclass(torch.Tensor) == truth[key]).all(), key
+                assert found["layers"].shape == (1, *truth["masks"].shape[1:])   # they are disjoint
+                assert torch.equal(masks_in(found), truth["masks"])
                 assert (found["area"] == truth["masks"].sum((1, 2))).all()
                 assert not found["iscrowd"].any() and found["iscrowd"].dtype == torch.bool
                 person = truth["classes"] == 0
@@ -3128,7 +3144,7 @@ def test_odd_coco_files_are_read_right():
         assert sample["boxes"][0].tolist() == [-2.5, 1, 0.5, 1] and sample["area"][0] == 0
         assert len(empty["boxes"]) == 1 and empty["iscrowd"].all()
         (sample,), _ = read_all(at, ["masks"])              # a photo of crowds teaches no mask
-        assert sample["masks"].sum((1, 2)).tolist() == [6, 0]
+        assert masks_in(sample).sum((1, 2)).tolist() == [6, 0]
         train, val = data.open_detection(at, 32, overfit=True)
         assert len(train[0, 0]["labels"]) == 1 and len(train[0, 1]["labels"]) == 0
         expected = torch.tensor([[7 / 8, 5 / 6, 2 / 8, 2 / 6]])             # cut at the border
@@ -3398,7 +3414,7 @@ def test_skipping_what_is_broken():
         told, batches = io.StringIO(), [[(0, i)] for i in (0, 1, 2, 1)]
         timed = batching.Timed(batching.loader(forgiving, batches, data.collate, TINY, args, state))
         with contextlib.redirect_stderr(told):
-            pixels = [int(next(timed)[0].max()) for _ in batches]
+            pixels = [int(next(timed).to()[0].max()) for _ in batches]
             assert pixels == [0, 80, 80, 80] and timed.skipped() == 1
             assert [forgiving[0, i]["image"].max().item() for i in (1, 2)] == [80, 80]
         assert not told.getvalue()                          # the data process has told it already
@@ -3589,9 +3605,10 @@ def test_real_files():
         for source in formats.open_folder(SHARED / name, keys):
             for sample in (source[0], source[len(source) - 1]):
                 size = sample["image"].shape[-2:]
-                for key in {"masks", "panoptic", "semantic", "depth"} & sample.keys():
+                for key in {"layers", "panoptic", "semantic", "depth"} & sample.keys():
                     assert sample[key].shape[-2:] == size, key
-                for box, mask in zip(sample.get("boxes", ()), sample.get("masks", ())):
+                masks = masks_in(sample) if "layers" in sample else ()
+                for box, mask in zip(sample.get("boxes", ()), masks):
                     ends = torch.tensor([0, 0, 1, 1])
                     out = torchvision.ops.masks_to_boxes(mask[None])[0] + ends - box
                     out *= torch.tensor([-1, -1, 1, 1])     # thin tips of an outline draw nothing
@@ -3623,7 +3640,9 @@ def test_parameter_groups():
 
 
 def args_for(script, *flags):
-    return training.parse(script.flags(), script.PRESETS, ["--preset", "tiny", *map(str, flags)])
+    """Parsed flags, on the CPU: what is compared to the last digits is compared there."""
+    flags = ["--preset", "tiny", "--device", "cpu", *map(str, flags)]
+    return training.parse(script.flags(), script.PRESETS, flags)
 
 
 def test_pretrained_parts_load_bit_equal():
@@ -3685,10 +3704,38 @@ def test_checkpoint_survives_a_failed_write():
 TOY = ["--data", "toyworld:36", "--batch-size", 4, "--workers", 1, "--save-every", 2]
 
 
-def command(script, *flags, processes=1):
+# How far the weights of two runs that ought to be equal may lie apart, trained with steady_adam()
+STEADY = 5e-6
+
+
+@contextlib.contextmanager
+def steady_adam():
+    """AdamW with eps 1e-3. With its 1e-8, a weight whose true gradient is zero moves by a full step
+    in the direction of the rounding error, which is another one on every processor, torch version
+    and number of processes. Rounding errors of 1e-8 become 1e-5 of a step of 1e-3 or so here; a
+    wrong gradient, schedule or decay still moves the weights by 1e-3."""
+    real = torch.optim.AdamW
+    torch.optim.AdamW = functools.partial(real, eps=1e-3)
+    try:
+        yield
+    finally:
+        torch.optim.AdamW = real
+
+
+def command(script, *flags, processes=1, steady=False):
+    """Command line of a script on the CPU; steady: by way of this file, in steady_adam()."""
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone",
                                           f"--nproc_per_node={processes}"]
-    return [sys.executable, *launcher, str(HERE / script), "--preset", "tiny", *map(str, flags)]
+    script = [__file__, "--steady", script] if steady else [str(HERE / script)]
+    return [sys.executable, *launcher, *script, "--preset", "tiny", "--device", "cpu",
+            *map(str, flags)]
+
+
+def run_steadily(name, *flags):
+    """What command(..., steady=True) runs."""
+    script = sys.modules[name.removesuffix(".py")]
+    with steady_adam():
+        training.run(script.main, training.parse(script.flags(), script.PRESETS, flags))
 
 
 def launch(*args, **kwargs):
@@ -3716,7 +3763,7 @@ def differences(a, b):
 def test_loops_do_what_they_say():
     """Both scripts with two micro-steps against training written out by hand: the same samples,
     schedule, clipping and updates give the same weights."""
-    with folder() as at, quiet():
+    with folder() as at, quiet(), steady_adam():
         state = training.Run(torch.device("cpu"))
         common = ["--data", "toyworld:4", "--batch-size", 2, "--accumulate", 2, "--workers", 0]
         args = args_for(pretrain, *common, "--epochs", 4, "--warmup-epochs", 2, "--out", at / "p")
@@ -3732,7 +3779,7 @@ def test_loops_do_what_they_say():
             optimizer.step()
             optimizer.zero_grad()
         torch.save({"model": net.state_dict()}, at / "hand.pt")
-        assert weights_differ(at / "p/last.pt", at / "hand.pt") < 2e-5
+        assert weights_differ(at / "p/last.pt", at / "hand.pt") < STEADY
 
         args = args_for(finetune_seg, *common, "--steps", 3, "--points", 64, "--clip", 0.5,
                         "--init", at / "p/best.pt", "--backbone-lr", 0.1, "--out", at / "s")
@@ -3747,17 +3794,17 @@ def test_loops_do_what_they_say():
         for step in range(3):
             torch.manual_seed(data.mix(0, step, 0))
             training.set_lr(optimizer, 1e-3 * (1 - step / 3) ** 0.9)
-            for _ in range(2):
-                images, tokens, targets = data.collate(TINY, [train[i] for i in next(order)])
+            parts = [data.collate(TINY, [train[i] for i in next(order)]) for _ in range(2)]
+            count = sum(len(t["labels"]) for *_, targets in parts for t in targets) / 2
+            for images, tokens, targets in parts:
                 found = net(M.normalize(images), tokens, SEMANTIC, every_layer=True)["semantic"]
-                count = sum(len(t["labels"]) for t in targets)
                 loss = losses.segmentation_loss(*found, targets, (64, 64), count, 64)["loss"]
                 (loss / 2).backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
             optimizer.step()
             optimizer.zero_grad()
         torch.save({"model": net.state_dict()}, at / "hand.pt")
-        assert weights_differ(at / "s/last.pt", at / "hand.pt") < 2e-4
+        assert weights_differ(at / "s/last.pt", at / "hand.pt") < STEADY
 
         # a finished run that is resumed evaluates; changed flags are refused; best is remembered
         args.resume = True
@@ -3833,10 +3880,12 @@ def test_two_processes_train_as_one():
     """Two processes (gloo) and one with the same total batch agree after several steps."""
     with folder() as at:
         flags = ["--data", "toyworld:36", "--workers", 1, "--steps", 5]
-        two = launch("pretrain.py", *flags, "--batch-size", 4, "--out", at / "two", processes=2)
-        finish(launch("pretrain.py", *flags, "--batch-size", 8, "--out", at / "one"))
+        two = launch("pretrain.py", *flags, "--batch-size", 4, "--out", at / "two", processes=2,
+                     steady=True)
+        with quiet(), steady_adam():
+            pretrain.main(args_for(pretrain, *flags, "--batch-size", 8, "--out", at / "one"))
         finish(two)
-        assert weights_differ(at / "one/last.pt", at / "two/last.pt") < 1e-5
+        assert weights_differ(at / "one/last.pt", at / "two/last.pt") < STEADY
         a, b = (json.loads((at / n / "log.jsonl").read_text().splitlines()[-1])["val_loss"]
                 for n in ("one", "two"))
         assert abs(a - b) < 1e-5
@@ -4067,5 +4116,8 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--evaluate"]:         # we are test_two_processes_evaluate_as_one's child
         torch.set_num_threads(1)
         evaluate_all(sys.argv[2])
+    elif sys.argv[1:2] == ["--steady"]:
+        torch.set_num_threads(1)
+        run_steadily(*sys.argv[2:])
     else:
         sys.exit(main(*sys.argv[1:2]))

@@ -7,6 +7,7 @@ and the network's own noise are pure functions of (seed, step) or (seed, epoch, 
 """
 import argparse
 import contextlib
+import errno
 import json
 import math
 import os
@@ -168,7 +169,7 @@ def run(main, args):
         text = str(error).strip().splitlines()[-1].replace("files.InputError: ", "")
         code, message = 2, f"error: {text}"
     except OSError as error:
-        full = "; raise `ulimit -n`, or take fewer --workers" * (error.errno == 24)
+        full = "; raise `ulimit -n`, or take fewer --workers" * (error.errno == errno.EMFILE)
         code = 2
         message = f"error: {error.filename or 'input or output'}: {error.strerror or error}{full}"
     except RuntimeError as error:
@@ -236,6 +237,7 @@ class Run:
     rank: int = 0
     world: int = 1
     dtype: torch.dtype = None               # of autocast; None = fp32 throughout
+    lock: object = None                     # see claim(): kept as long as the run
 
     def say(self, *words):
         if self.rank == 0:
@@ -325,38 +327,33 @@ def start(args):
         raise InputError(f"--out {args.out}: holds a run already; --resume continues it, another "
                          "--out starts a new one")
     if not args.eval:                                       # a mistyped --out makes no folder
-        free = True
         try:
             Path(args.out, "samples").mkdir(parents=True, exist_ok=True)
-            free = state.rank > 0 or claim(args.out)
+            state.lock = claim(args.out) if state.rank == 0 else None
         except OSError as error:
             raise InputError(f"--out {args.out}: cannot be written ({error.strerror})") from None
-        if state.sum(not free)[0]:                          # all processes end, not rank 0 alone
+        taken = state.rank == 0 and state.lock is None
+        if state.sum(taken)[0]:                             # all processes end, not rank 0 alone
             raise InputError(f"--out {args.out}: another run is writing there; wait for it, or give"
                              " another --out")
     return state
 
 
-CLAIMS = {}                                     # folder -> its open lock file
-
-
 def claim(folder):
-    """Whether this process may write into the folder, until it ends, however it ends.
+    """An open lock file, with which this process alone may write into the folder until it is closed
+    or the process ends, however it ends; None if another process has it.
 
-    A POSIX lock belongs to one process, its children do not inherit it, and the kernel lets go of
-    it even after SIGKILL.
+    A POSIX lock is not inherited by data processes, and the kernel lets go of it after SIGKILL.
     """
-    path = str(Path(folder, ".lock").resolve())
-    if fcntl and path not in CLAIMS:            # opened once: closing it would let go of the lock
-        file = open(path, "a")
-        try:
+    file = open(Path(folder, ".lock"), "a")
+    try:
+        if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):     # else a drive that knows no locks
             file.close()
-            # some network drives know no locks: then there is no guard
-            return error.errno not in (11, 13)
-        CLAIMS[path] = file
-    return True
+            return None
+    return file
 
 
 # -----------------------------------------------------------------------------
