@@ -4,8 +4,10 @@ Which samples a step holds, and how they travel from the data processes to the d
 Resuming is exact because the samples of a step are a pure function of (seed, step), and their
 augmentation of (seed, epoch, index).
 """
+import atexit
 import io
 import math
+import multiprocessing
 import pickle
 import signal
 import sys
@@ -188,11 +190,23 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
+@atexit.register
+def end_data_processes():
+    """End the data processes that are left, which Python would ask by SIGTERM and wait for."""
+    left = [p for p in multiprocessing.active_children() if p.daemon]
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would call it an error
+    for process in left:
+        process.kill()
+
+
 def loader(dataset, batches, collate, config, args, state):
     """DataLoader over lists of (epoch, index), of Packed batches collate(config, samples).
 
     The data processes also plan the Layout; their number changes speed, never the samples.
     """
+    # where data processes come from a server (Linux with Python 3.14), it imports torch, not each
+    multiprocessing.set_forkserver_preload(["batching"])
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, collate_fn=partial(pack, collate, config),
         num_workers=args.workers, prefetch_factor=4 if args.workers else None,

@@ -142,7 +142,8 @@ def peak_memory(name, config, batch):
         torch.cuda.reset_peak_memory_stats()
         run(batch)
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")       # Linux: forget the peak so far
+    # Linux: forget the peak so far
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = resident("VmRSS")
     run(batch)
     return resident("VmHWM") - before
@@ -150,7 +151,7 @@ def peak_memory(name, config, batch):
 
 def resident(field):
     """Bytes of a memory field of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 

@@ -42,7 +42,8 @@ def export(root, layout, count, size, seed, split):
             Image.fromarray(pixels).save(os.path.join(root, name), quality=95)
 
     if layout == "nyu":
-        with open(os.path.join(root, f"nyudepthv2_{at}_files_with_gt.txt"), "w") as f:
+        with open(os.path.join(root, f"nyudepthv2_{at}_files_with_gt.txt"), "w",
+                  encoding="utf-8") as f:
             f.writelines(pairs)
     images = [dict(id=i, file_name=f"{i:012d}.jpg", height=size, width=size) for i in range(count)]
     for key, found in coco.items() if layout == "coco" else ():
@@ -52,7 +53,8 @@ def export(root, layout, count, size, seed, split):
         if key == "person_keypoints":  # COCO counts the joints of a skeleton from 1
             skeleton = [(a + 1, b + 1) for a, b in SKELETON]
             categories[0].update(keypoints=KEYPOINTS, skeleton=skeleton)
-        with open(os.path.join(root, f"annotations/{key}_{split}2017.json"), "w") as f:
+        with open(os.path.join(root, f"annotations/{key}_{split}2017.json"), "w",
+                  encoding="utf-8") as f:
             json.dump(dict(images=images, categories=categories, annotations=found), f)
 
 

@@ -221,7 +221,8 @@ def last_word(message):
 def running(process):
     """Whether a process lives, to Linux's knowledge; elsewhere False."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        return stat.rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 
@@ -345,7 +346,7 @@ def claim(folder):
 
     A POSIX lock is not inherited by data processes, and the kernel lets go of it after SIGKILL.
     """
-    file = open(Path(folder, ".lock"), "a")
+    file = open(Path(folder, ".lock"), "ab")
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -392,7 +393,7 @@ class Progress:
 
     def stop(self, number):
         """End the run, whose last step is saved."""
-        self.bar.close()
+        self.release()
         raise Stopped(number, f"stopped by {signal.Signals(number).name}; saved, and --resume added"
                       " to the same command goes on")
 
@@ -423,10 +424,13 @@ class Progress:
         self.total, self.first = 0.0, step
         return mean
 
-    def close(self):
+    def release(self):
         self.bar.close()
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def close(self):
+        self.release()
         if skipped := int(self.state.sum(self.loader.skipped())[0]):
             self.state.say(f"{skipped} unreadable training photos were replaced by the next one, "
                            "each named above")

@@ -18,7 +18,7 @@ TASKS = {
 
 def rows(pattern):
     return [json.loads(line) for path in sorted(HERE.glob(pattern))
-            for line in path.read_text().splitlines()]
+            for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def cell(values, factor=100, decimals=1):
