@@ -207,43 +207,43 @@ def main(args):
     loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,
                                             model.glid.config, args, state))
     log = training.Log(args, state, step, due)
-    bar = training.Progress(step, args.steps, "depth", loader, state, total_batch)
-    model.train()
-    if due:                                     # the run ended before it was evaluated
-        with bar.evaluation():
-            best = conclude(model, val, args, state, step, best, optimizer, log)
-    while step < args.steps:
-        torch.manual_seed(mix(args.seed, step, state.rank))    # drop path
-        lr = args.lr * training.one_cycle(step, args.steps)
-        training.set_lr(optimizer, lr)
-        for micro in range(args.accumulate):
-            images, layout, targets = state.fetch(loader)
-            with state.no_sync(ddp, last=micro + 1 == args.accumulate):
-                with state.autocast():
-                    depth = ddp(images, layout)
-                # mean and variance of g are those of this process's images alone: the gradients
-                # that n processes average are not those of one with n times the batch (BinsFormer)
-                loss = depth_loss(depth, targets, model.glid.config.patch) / args.accumulate
-                loss.backward()
-            bar.add(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-
-        stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
-        ends = step % args.eval_every == 0 or step == args.steps
-        saves = step % args.save_every == 0
-        if ends or saves or stops or step % 20 == 0:
-            log.write(step=step, loss=bar.report(step), lr=lr)
-        if ends or saves or stops:              # before the evaluation, which may fail
-            checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
-        if stops:
-            bar.stop(stops)
-        if ends:
+    with training.Progress(step, args.steps, "depth", loader, state, total_batch) as bar:
+        model.train()
+        if due:                                     # the run ended before it was evaluated
             with bar.evaluation():
                 best = conclude(model, val, args, state, step, best, optimizer, log)
-    bar.close()
+        while step < args.steps:
+            torch.manual_seed(mix(args.seed, step, state.rank))    # drop path
+            lr = args.lr * training.one_cycle(step, args.steps)
+            training.set_lr(optimizer, lr)
+            for micro in range(args.accumulate):
+                images, layout, targets = state.fetch(loader)
+                with state.no_sync(ddp, last=micro + 1 == args.accumulate):
+                    with state.autocast():
+                        depth = ddp(images, layout)
+                    # mean and variance of g are those of this process's images alone, as in
+                    # BinsFormer: the gradients of n processes average to others than those of one
+                    # with n times the batch
+                    loss = depth_loss(depth, targets, model.glid.config.patch) / args.accumulate
+                    loss.backward()
+                bar.add(loss)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+
+            stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
+            ends = step % args.eval_every == 0 or step == args.steps
+            saves = step % args.save_every == 0
+            if ends or saves or stops or step % 20 == 0:
+                log.write(step=step, loss=bar.report(step), lr=lr)
+            if ends or saves or stops:              # before the evaluation, which may fail
+                checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
+            if stops:
+                bar.stop(stops)
+            if ends:
+                with bar.evaluation():
+                    best = conclude(model, val, args, state, step, best, optimizer, log)
     state.say(f"best of {step} steps: {words(best)}; {args.out}/samples/{step:06d}.png")
     return best | {"step": step}
 

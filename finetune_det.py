@@ -148,45 +148,44 @@ def main(args):
     loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,
                                             model.glid.config, args, state))
     log = training.Log(args, state, step, due)
-    bar = training.Progress(step, steps, "detection", loader, state, total_batch)
-    model.train()
-    if due:                                     # the run ended before it was evaluated
-        with bar.evaluation():
-            best = conclude(model, val, args, state, step, best, optimizer, log)
-    while step < steps:
-        torch.manual_seed(mix(args.seed, step, state.rank))            # drop path
-        lr = args.lr * training.multistep(step, steps, [0.8])
-        training.set_lr(optimizer, lr)
-        parts = [state.fetch(loader) for _ in range(args.accumulate)]
-        # all divide by the number of objects of the whole step, over micro-steps and processes, so
-        # that the gradient is that of one large batch, however it is split
-        objects = sum(len(t["labels"]) for _, _, targets in parts for t in targets)
-        objects = max(1, state.sum(objects)[0] / state.world)
-        for micro, (images, layout, targets) in enumerate(parts, 1):
-            with state.no_sync(ddp, last=micro == args.accumulate):
-                with state.autocast():
-                    class_logits, boxes = ddp(images, layout, train=True)
-                loss = group_losses(class_logits, boxes, targets, objects, args)
-                loss.backward()
-            bar.add(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-
-        stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
-        ends = step % args.eval_every == 0 or step == steps
-        saves = step % args.save_every == 0
-        if ends or saves or stops or step % 20 == 0:
-            log.write(step=step, loss=bar.report(step), lr=lr)
-        if ends or saves or stops:              # before the evaluation, which may fail
-            checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
-        if stops:
-            bar.stop(stops)
-        if ends:
+    with training.Progress(step, steps, "detection", loader, state, total_batch) as bar:
+        model.train()
+        if due:                                     # the run ended before it was evaluated
             with bar.evaluation():
                 best = conclude(model, val, args, state, step, best, optimizer, log)
-    bar.close()
+        while step < steps:
+            torch.manual_seed(mix(args.seed, step, state.rank))            # drop path
+            lr = args.lr * training.multistep(step, steps, [0.8])
+            training.set_lr(optimizer, lr)
+            parts = [state.fetch(loader) for _ in range(args.accumulate)]
+            # all divide by the number of objects of the whole step, over micro-steps and processes,
+            # so that the gradient is that of one large batch, however it is split
+            objects = sum(len(t["labels"]) for _, _, targets in parts for t in targets)
+            objects = max(1, state.sum(objects)[0] / state.world)
+            for micro, (images, layout, targets) in enumerate(parts, 1):
+                with state.no_sync(ddp, last=micro == args.accumulate):
+                    with state.autocast():
+                        class_logits, boxes = ddp(images, layout, train=True)
+                    loss = group_losses(class_logits, boxes, targets, objects, args)
+                    loss.backward()
+                bar.add(loss)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+
+            stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
+            ends = step % args.eval_every == 0 or step == steps
+            saves = step % args.save_every == 0
+            if ends or saves or stops or step % 20 == 0:
+                log.write(step=step, loss=bar.report(step), lr=lr)
+            if ends or saves or stops:              # before the evaluation, which may fail
+                checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
+            if stops:
+                bar.stop(stops)
+            if ends:
+                with bar.evaluation():
+                    best = conclude(model, val, args, state, step, best, optimizer, log)
     state.say(f"best box AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
     return {"AP": best, "step": step}
 

@@ -177,45 +177,44 @@ def main(args):
     loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,
                                             model.glid.config, args, state))
     log = training.Log(args, state, step, due)
-    bar = training.Progress(step, steps, "pose", loader, state, total_batch)
-    model.train()
-    if due:                                     # the run ended before it was evaluated
-        with bar.evaluation():
-            best = conclude(model, val, args, state, step, best, optimizer, log)
-    while step < steps:
-        torch.manual_seed(mix(args.seed, step, state.rank))                # drop path
-        lr = args.lr * training.multistep(step, steps, DROPS, args.warmup_steps)
-        training.set_lr(optimizer, lr)
-        for micro in range(args.accumulate):
-            images, layout, persons = state.fetch(loader)
-            joints, labelled = (torch.stack([p[k] for p in persons])
-                                for k in ("joints", "labelled"))    # [B, J, 2], [B, J]
-            with state.no_sync(ddp, last=micro + 1 == args.accumulate):
-                with state.autocast():
-                    maps = ddp(images, layout)                      # [B, J, H / 4, W / 4]
-                target, weight = pose.heatmap_targets(joints, labelled, args.size, maps.shape[2:],
-                                                      args.sigma)
-                loss = heatmap_loss(maps, target, weight) / args.accumulate
-                loss.backward()
-            bar.add(1000 * loss)                    # heatmaps are nearly empty: errors are small
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-
-        stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
-        ends = step % args.eval_every == 0 or step == steps
-        saves = step % args.save_every == 0
-        if ends or saves or stops or step % 20 == 0:
-            log.write(step=step, loss_x1000=bar.report(step), lr=lr)
-        if ends or saves or stops:              # before the evaluation, which may fail
-            checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
-        if stops:
-            bar.stop(stops)
-        if ends:
+    with training.Progress(step, steps, "pose", loader, state, total_batch) as bar:
+        model.train()
+        if due:                                     # the run ended before it was evaluated
             with bar.evaluation():
                 best = conclude(model, val, args, state, step, best, optimizer, log)
-    bar.close()
+        while step < steps:
+            torch.manual_seed(mix(args.seed, step, state.rank))                # drop path
+            lr = args.lr * training.multistep(step, steps, DROPS, args.warmup_steps)
+            training.set_lr(optimizer, lr)
+            for micro in range(args.accumulate):
+                images, layout, persons = state.fetch(loader)
+                joints, labelled = (torch.stack([p[k] for p in persons])
+                                    for k in ("joints", "labelled"))    # [B, J, 2], [B, J]
+                with state.no_sync(ddp, last=micro + 1 == args.accumulate):
+                    with state.autocast():
+                        maps = ddp(images, layout)                      # [B, J, H / 4, W / 4]
+                    target, weight = pose.heatmap_targets(joints, labelled, args.size,
+                                                          maps.shape[2:], args.sigma)
+                    loss = heatmap_loss(maps, target, weight) / args.accumulate
+                    loss.backward()
+                bar.add(1000 * loss)                # heatmaps are nearly empty: errors are small
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+
+            stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
+            ends = step % args.eval_every == 0 or step == steps
+            saves = step % args.save_every == 0
+            if ends or saves or stops or step % 20 == 0:
+                log.write(step=step, loss_x1000=bar.report(step), lr=lr)
+            if ends or saves or stops:              # before the evaluation, which may fail
+                checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
+            if stops:
+                bar.stop(stops)
+            if ends:
+                with bar.evaluation():
+                    best = conclude(model, val, args, state, step, best, optimizer, log)
     state.say(f"best AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
     return {"AP": best, "step": step}
 

@@ -257,45 +257,45 @@ def main(args):
     loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,
                                             model.glid.config, args, state))
     log = training.Log(args, state, step, due)
-    bar = training.Progress(step, args.steps, "+".join(args.tasks), loader, state, total_batch)
-    model.train()
-    if due:                                     # the run ended before it was evaluated
-        with bar.evaluation():
-            best = conclude(model, val, args, state, step, best, optimizer, log)
-    while step < args.steps:
-        torch.manual_seed(mix(args.seed, step, state.rank))    # drop path, sampled points
-        lr = args.lr * training.poly(step, args.steps)
-        training.set_lr(optimizer, lr)
-        parts = [state.fetch(loader) for _ in range(args.accumulate)]
-        density = objects_per_image(args.tasks, [t for *_, ts in parts for t in ts], state)
-        for micro, (images, layout, targets) in enumerate(parts, 1):
-            asked = slices(args.tasks, targets)
-            with state.no_sync(ddp, last=micro == args.accumulate):
-                with state.autocast():
-                    answers = ddp(images, layout, asked, every_layer=True)
-                canvas = [n * model.glid.config.unit for n in layout.grid_units]
-                loss = batch_loss(answers, asked, targets, density, canvas,
-                                  args.points) / args.accumulate
-                loss.backward()
-            bar.add(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-
-        stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
-        ends = step % args.eval_every == 0 or step == args.steps
-        saves = step % args.save_every == 0
-        if ends or saves or stops or step % 20 == 0:
-            log.write(step=step, loss=bar.report(step), lr=lr)
-        if ends or saves or stops:              # before the evaluation, which may fail
-            checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
-        if stops:
-            bar.stop(stops)
-        if ends:
+    name = "+".join(args.tasks)
+    with training.Progress(step, args.steps, name, loader, state, total_batch) as bar:
+        model.train()
+        if due:                                     # the run ended before it was evaluated
             with bar.evaluation():
                 best = conclude(model, val, args, state, step, best, optimizer, log)
-    bar.close()
+        while step < args.steps:
+            torch.manual_seed(mix(args.seed, step, state.rank))    # drop path, sampled points
+            lr = args.lr * training.poly(step, args.steps)
+            training.set_lr(optimizer, lr)
+            parts = [state.fetch(loader) for _ in range(args.accumulate)]
+            density = objects_per_image(args.tasks, [t for *_, ts in parts for t in ts], state)
+            for micro, (images, layout, targets) in enumerate(parts, 1):
+                asked = slices(args.tasks, targets)
+                with state.no_sync(ddp, last=micro == args.accumulate):
+                    with state.autocast():
+                        answers = ddp(images, layout, asked, every_layer=True)
+                    canvas = [n * model.glid.config.unit for n in layout.grid_units]
+                    loss = batch_loss(answers, asked, targets, density, canvas,
+                                      args.points) / args.accumulate
+                    loss.backward()
+                bar.add(loss)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+
+            stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
+            ends = step % args.eval_every == 0 or step == args.steps
+            saves = step % args.save_every == 0
+            if ends or saves or stops or step % 20 == 0:
+                log.write(step=step, loss=bar.report(step), lr=lr)
+            if ends or saves or stops:              # before the evaluation, which may fail
+                checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
+            if stops:
+                bar.stop(stops)
+            if ends:
+                with bar.evaluation():
+                    best = conclude(model, val, args, state, step, best, optimizer, log)
     state.say(f"best {words(best)} in {step} steps; {args.out}/samples/{step:06d}.png")
     return best | {"step": step}
 

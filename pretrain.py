@@ -142,39 +142,38 @@ def main(args):
     loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches,
                                             collate_pretraining, config, args, state))
     log = training.Log(args, state, step, due)
-    bar = training.Progress(step, steps, "pre-training", loader, state, total_batch)
-    model.train()
-    if due:                                     # the run ended before it was evaluated
-        with bar.evaluation():
-            best = conclude(model, val, args, state, step, best, optimizer, log)
-    while step < steps:
-        # the network's own noise is a function of (seed, step, rank): resuming repeats it
-        torch.manual_seed(mix(args.seed, step, state.rank))
-        training.set_lr(optimizer, lr * training.cosine(step, steps, warmup))
-        for micro in range(args.accumulate):
-            images, layout = state.fetch(loader)
-            with state.no_sync(ddp, last=micro + 1 == args.accumulate):
-                with state.autocast():
-                    prediction, target = ddp(images, layout)
-                loss = reconstruction_loss(prediction, target) / args.accumulate
-                loss.backward()
-            bar.add(loss / target.shape[-1])
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-
-        stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
-        ends, saves = step % per_epoch == 0 or step == steps, step % args.save_every == 0
-        if ends or saves or stops or step % 20 == 0:
-            log.write(step=step, loss=bar.report(step), lr=optimizer.param_groups[0]["lr"])
-        if ends or saves or stops:              # before the evaluation, which may fail
-            checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
-        if stops:
-            bar.stop(stops)
-        if ends:
+    with training.Progress(step, steps, "pre-training", loader, state, total_batch) as bar:
+        model.train()
+        if due:                                     # the run ended before it was evaluated
             with bar.evaluation():
                 best = conclude(model, val, args, state, step, best, optimizer, log)
-    bar.close()
+        while step < steps:
+            # the network's own noise is a function of (seed, step, rank): resuming repeats it
+            torch.manual_seed(mix(args.seed, step, state.rank))
+            training.set_lr(optimizer, lr * training.cosine(step, steps, warmup))
+            for micro in range(args.accumulate):
+                images, layout = state.fetch(loader)
+                with state.no_sync(ddp, last=micro + 1 == args.accumulate):
+                    with state.autocast():
+                        prediction, target = ddp(images, layout)
+                    loss = reconstruction_loss(prediction, target) / args.accumulate
+                    loss.backward()
+                bar.add(loss / target.shape[-1])
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+
+            stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
+            ends, saves = step % per_epoch == 0 or step == steps, step % args.save_every == 0
+            if ends or saves or stops or step % 20 == 0:
+                log.write(step=step, loss=bar.report(step), lr=optimizer.param_groups[0]["lr"])
+            if ends or saves or stops:              # before the evaluation, which may fail
+                checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
+            if stops:
+                bar.stop(stops)
+            if ends:
+                with bar.evaluation():
+                    best = conclude(model, val, args, state, step, best, optimizer, log)
     state.say(f"validation error {best:.4f} after {step} steps; {args.out}/best.pt, "
               f"{args.out}/samples/{step:06d}.png")
     return {"loss": best, "step": step}

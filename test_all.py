@@ -1462,24 +1462,6 @@ def test_detection_loop_does_what_it_says():
         assert_close(torch.tensor([(r["loss"], r["lr"]) for r in logged]), torch.tensor(rows), 1e-4)
 
 
-def test_two_processes_train_detection_as_one():
-    """Both divide by the objects of all images of a micro-step, and average their gradients at the
-    last one. With e_i = 0 all matchings are equally good, so that no tie decides."""
-    with folder() as at:
-        flags = ["--data", "toyworld:12", "--workers", 0, "--steps", 3, "--save-every", 1,
-                 "--accumulate", 2, "--query-lr", 0, "--queries", 12, "--many-queries", 24]
-        two = launch("finetune_det.py", *flags, "--batch-size", 1, "--out", at / "two", processes=2,
-                     steady=True)
-        with quiet(), steady_adam():
-            finetune_det.main(args_for(finetune_det, *flags, "--batch-size", 2, "--out",
-                                       at / "one"))
-        finish(two)
-        assert weights_differ(at / "one/last.pt", at / "two/last.pt") < STEADY
-        a, b = ([json.loads(r).get("loss", 0) for r in (at / n / "log.jsonl").open()]
-                for n in ("one", "two"))
-        assert_close(torch.tensor(a), torch.tensor(b), 1e-4)
-
-
 def test_detection_keeps_the_highest_ap():
     with folder() as at, quiet():
         args, state = args_for(finetune_det, "--out", at), training.Run(torch.device("cpu"))
@@ -3725,20 +3707,9 @@ def steady_adam():
         torch.optim.AdamW = real
 
 
-def command(script, *flags, processes=1, steady=False):
-    """Command line of a script on the CPU; steady: by way of this file, in steady_adam()."""
-    launcher = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone",
-                                          f"--nproc_per_node={processes}"]
-    script = [__file__, "--steady", script] if steady else [str(HERE / script)]
-    return [sys.executable, *launcher, *script, "--preset", "tiny", "--device", "cpu",
+def command(script, *flags):
+    return [sys.executable, str(HERE / script), "--preset", "tiny", "--device", "cpu",
             *map(str, flags)]
-
-
-def run_steadily(name, *flags):
-    """What command(..., steady=True) runs."""
-    script = sys.modules[name.removesuffix(".py")]
-    with steady_adam():
-        training.run(script.main, training.parse(script.flags(), script.PRESETS, flags))
 
 
 def launch(*args, **kwargs):
@@ -3830,7 +3801,8 @@ def test_resume_is_exact():
     of the killed one. The other says how to go on, without a traceback, with 128 + 15."""
     with folder() as at:
         flags = [*TOY, "--steps", 24, "--accumulate", 2]                    # 4 steps an epoch
-        whole = launch("pretrain.py", *flags, "--out", at / "whole")
+        with quiet():
+            pretrain.main(args_for(pretrain, *flags, "--out", at / "whole"))
         for name, number in (("killed", signal.SIGKILL), ("asked", signal.SIGTERM)):
             run = launch("pretrain.py", *flags, "--out", at / name)
             while not (at / name / "last.pt").exists():
@@ -3841,8 +3813,8 @@ def test_resume_is_exact():
             assert torch.load(at / name / "last.pt", weights_only=True)["step"] < 24, "too late"
             assert name == "killed" or "--resume" in said.splitlines()[-1], said
             assert "Traceback" not in said, said
-            finish(launch("pretrain.py", *flags, "--out", at / name, "--resume"))
-        finish(whole)
+            with quiet():
+                pretrain.main(args_for(pretrain, *flags, "--out", at / name, "--resume"))
         for name in ("killed", "asked"):
             assert differences(at / "whole/last.pt", at / name / "last.pt") == 0
         assert (at / "whole/log.jsonl").read_text() == (at / "killed/log.jsonl").read_text()
@@ -3899,21 +3871,22 @@ def test_finetuning_resumes_exactly():
 
 
 def test_a_second_signal_ends_at_once():
-    bar = training.Progress(0, 9, "", None, training.Run(torch.device("cpu")), 1)
+    """And what a signal does is what it was when the loop is left, by an error too."""
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     killed, real = [], os.kill
-    try:
-        with quiet():
+    with raises(ValueError, "left"), quiet():
+        with training.Progress(0, 9, "", None, training.Run(torch.device("cpu")), 1) as bar:
             os.kill(os.getpid(), signal.SIGTERM)
             assert bar.stops() == signal.SIGTERM and not killed
             os.kill = lambda *a: killed.append(a)
-            bar.asked(signal.SIGTERM, None)
-        assert killed == [(os.getpid(), signal.SIGTERM)]
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    finally:
-        os.kill = real
-        for number, handler in bar.before.items():
-            signal.signal(number, handler)
-        bar.bar.close()
+            try:
+                bar.asked(signal.SIGTERM, None)
+            finally:
+                os.kill = real
+            assert killed == [(os.getpid(), signal.SIGTERM)]
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            raise ValueError("left")
+    assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
 
 def test_one_run_writes_into_a_folder():
@@ -3923,17 +3896,11 @@ def test_one_run_writes_into_a_folder():
         assert lock and "another run" in finish(launch("pretrain.py", *TOY, "--out", at), 2)
         assert sorted(p.name for p in at.iterdir()) == [".lock", "samples"]
         lock.close()
-        finish(launch("pretrain.py", *TOY, "--steps", 1, "--out", at))
-
-
-def test_a_failure_of_several_processes_is_told_last():
-    """Once when it happens, and below what torchrun writes about it."""
-    with folder() as at:
-        said = finish(launch("pretrain.py", "--data", "toyworld:8", "--batch-size", 4, "--workers",
-                             0, "--lr", 1e30, "--out", at, processes=2), 1).splitlines()
-        line = said[-1]
-        assert line.startswith("error: the loss is") and "--lr" in line, said
-        assert said.count(line) == 2 and not any("pretrain.py\", line" in x for x in said), said
+        with quiet():                                       # which lets go of it in the end
+            pretrain.main(args_for(pretrain, *TOY, "--steps", 1, "--workers", 0, "--out", at))
+        code = f"import training; print(training.claim({str(at)!r}) is not None)"
+        assert "True" in subprocess.run([sys.executable, "-c", code], cwd=HERE, text=True,
+                                        capture_output=True).stdout
 
 
 def test_accumulated_micro_steps_are_one_batch():
@@ -3947,21 +3914,6 @@ def test_accumulated_micro_steps_are_one_batch():
         assert weights_differ(at / "one/last.pt", at / "four/last.pt") < STEADY
 
 
-def test_two_processes_train_as_one():
-    """Two processes (gloo) and one with the same total batch agree after several steps."""
-    with folder() as at:
-        flags = ["--data", "toyworld:36", "--workers", 1, "--steps", 5]
-        two = launch("pretrain.py", *flags, "--batch-size", 4, "--out", at / "two", processes=2,
-                     steady=True)
-        with quiet(), steady_adam():
-            pretrain.main(args_for(pretrain, *flags, "--batch-size", 8, "--out", at / "one"))
-        finish(two)
-        assert weights_differ(at / "one/last.pt", at / "two/last.pt") < STEADY
-        a, b = (json.loads((at / n / "log.jsonl").read_text().splitlines()[-1])["val_loss"]
-                for n in ("one", "two"))
-        assert abs(a - b) < 1e-5
-
-
 def weights_differ(a, b):
     """Largest difference, keys' biases left out: they cancel in every softmax, so that their true
     gradient is zero, and Adam scales its rounding noise up to full steps."""
@@ -3973,18 +3925,78 @@ def weights_differ(a, b):
     return max((a[k] - b[k]).abs().max().item() for k in a if not k.endswith("k.bias"))
 
 
-def evaluation_of(script, at):
-    """Flags that train and evaluate a script on 7 images in folder `at`."""
-    return args_for(script, "--data", "toyworld:7", "--workers", 0, "--batch-size", 2, "--steps", 3,
-                    "--out", at / script.__name__, *FINETUNING[script])
+TASKS = ["--data", "toyworld:7", "--workers", 0, "--overfit", "--points", 64, "--tasks",
+         "semantic,instance,panoptic", "--object-threshold", 0.1]
 
 
-def evaluate_all(at):
-    """Evaluate what test_two_processes_evaluate_as_one has trained; run by its two processes."""
-    for script in FINETUNING:
-        args = evaluation_of(script, Path(at))
-        args.eval = True
-        script.main(args)
+def runs_of_one_and_two(at, processes):
+    """What test_two_processes_are_as_one compares: (script, its flags) of each run, with the same
+    images a step for one process and for two; trained by steady_adam()."""
+    half, at = {1: 2, 2: 1}[processes], Path(at)
+    out = ["--workers", 0, "--out", at / f"{processes}"]
+    yield pretrain, ["--data", "toyworld:36", "--steps", 5, "--batch-size", 4 * half, *out]
+    # with e_i = 0 all matchings are equally good, so that no tie decides
+    yield finetune_det, ["--data", "toyworld:12", "--steps", 3, "--accumulate", 2, "--query-lr", 0,
+                         "--queries", 12, "--many-queries", 24, "--batch-size", half, *out]
+    if processes == 2:      # with one image each: every step lacks a task, every process two
+        yield finetune_seg, [*TASKS, "--batch-size", 1, "--steps", 28, "--resume", "--out", at]
+    for script in FINETUNING:                   # 7 images, which 2 processes do not divide
+        yield script, [*graded(script), "--eval", "--out", at / "graded"]
+
+
+def graded(script):
+    return ["--data", "toyworld:7", "--workers", 0, "--batch-size", 2, "--steps", 3,
+            *FINETUNING[script]]
+
+
+def work_together(at, processes=2):
+    """All runs in one go, then one that fails; by two processes if torchrun started us."""
+    torch.set_num_threads(1)
+    with steady_adam():
+        for script, flags in runs_of_one_and_two(at, processes):
+            script.main(args_for(script, *flags[:-1], flags[-1] / script.__name__))
+    if processes == 2:
+        flags = ["--data", "toyworld:8", "--batch-size", 4, "--workers", 0, "--lr", 1e30]
+        training.run(pretrain.main, args_for(pretrain, *flags, "--out", Path(at, "fails")))
+
+
+def test_two_processes_are_as_one():
+    """Two processes (gloo) and one with the same images a step agree after several steps: weights
+    of pre-training and of detection, whose processes divide by the objects of all images; metrics
+    of three tasks together. What --eval prints on two processes it prints on one. A failure is told
+    when it happens, and last of all, below what torchrun writes about it."""
+    with folder() as at:
+        with quiet():
+            for script in FINETUNING:
+                out = at / "graded" / script.__name__
+                script.main(args_for(script, *graded(script), "--out", out))
+            tasks = [*TASKS, "--batch-size", 7, "--out", at / "finetune_seg"]
+            finetune_seg.main(args_for(finetune_seg, *tasks, "--steps", 25))
+        two = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                "--nproc_per_node=2", __file__, "--together", at], text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
+        with contextlib.redirect_stdout(io.StringIO()) as one, \
+                contextlib.redirect_stderr(io.StringIO()):
+            work_together(at, 1)
+        said = finish(two, 1).splitlines()
+        for name in ("pretrain", "finetune_det"):
+            pair = [at / n / name for n in ("1", "2")]
+            assert weights_differ(*(p / "last.pt" for p in pair)) < STEADY, name
+            a, b = (torch.tensor([json.loads(r).get("loss", 0) for r in (p / "log.jsonl").open()])
+                    for p in pair)
+            assert_close(a, b, 1e-4, f"losses of {name}")
+        last = json.loads((at / "finetune_seg/log.jsonl").read_text().splitlines()[-1])
+        with quiet():                                       # what two have trained, graded by one
+            again = finetune_seg.main(args_for(finetune_seg, *tasks, "--steps", 28, "--resume"))
+        assert again["step"] == last["step"] == 28
+        for name in ("mIoU", "AP", "PQ"):
+            assert last[name] > 1e-3 and abs(again[name] - last[name]) < 2e-6, (name, again, last)
+        answers = [line for line in one.getvalue().splitlines() if "of 7 images, step 3" in line]
+        assert len(answers) == len(FINETUNING)
+        assert all(answer in said for answer in answers), (answers, said)
+        assert said[-1].startswith("error: the loss is") and "--lr" in said[-1], said
+        assert said.count(said[-1]) == 2 and not any('pretrain.py", line' in x for x in said), said
 
 
 def test_the_first_checkpoint_is_kept_whatever_its_metric():
@@ -4007,43 +4019,6 @@ def test_the_first_checkpoint_is_kept_whatever_its_metric():
                 script.evaluate, checkpoints.keep = before
             lower = script in (finetune_depth, pretrain)            # errors: less is better
             assert kept == [True, True, not lower, lower], (script.__name__, kept)
-
-
-def test_two_processes_evaluate_as_one():
-    """What --eval prints of 7 images on 2 processes, which 7 does not divide, it prints on one:
-    all metrics, and the number of images."""
-    with folder() as at:
-        with quiet():
-            for script in FINETUNING:
-                script.main(evaluation_of(script, at))
-        with contextlib.redirect_stdout(io.StringIO()) as one, \
-                contextlib.redirect_stderr(io.StringIO()):
-            evaluate_all(at)
-        answers = [line for line in one.getvalue().splitlines() if "of 7 images, step 3" in line]
-        assert len(answers) == len(FINETUNING)
-        two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                              "--nproc_per_node=2", __file__, "--evaluate", at], text=True,
-                             env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-        for answer in answers:
-            assert answer in two.stdout.splitlines(), (answer, two.stdout, two.stderr[-2000:])
-
-
-def test_two_processes_train_tasks_and_evaluate_as_one():
-    """Two processes with one image each: every step lacks a task, every process two of three. And
-    mIoU, AP and PQ of 7 images, which 2 does not divide, equal those of one process."""
-    with folder() as at:
-        flags = ["--data", "toyworld:7", "--workers", 0, "--overfit", "--points", 64, "--out", at,
-                 "--tasks", "semantic,instance,panoptic", "--object-threshold", 0.1]
-        more = [*flags, "--batch-size", 1, "--steps", 28, "--resume"]
-        with quiet():
-            finetune_seg.main(args_for(finetune_seg, *flags, "--batch-size", 7, "--steps", 25))
-        finish(launch("finetune_seg.py", *more, processes=2))
-        two = json.loads((at / "log.jsonl").read_text().splitlines()[-1])
-        with quiet():
-            one = finetune_seg.main(args_for(finetune_seg, *more))
-        assert one["step"] == two["step"] == 28
-        for name in ("mIoU", "AP", "PQ"):
-            assert one[name] > 1e-3 and abs(one[name] - two[name]) < 2e-6, (name, one, two)
 
 
 def test_evaluation_needs_the_same_meaning():
@@ -4140,10 +4115,10 @@ def test_start_methods():
         import finetune_det as script, training
         for method in sys.argv[1].split(","):
             multiprocessing.set_start_method(method, force=True)
-            files = min(64, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-            resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
             flags = [*sys.argv[2:], "--out", f"{sys.argv[2]}/{method}"][1:]
-            training.run(script.main, training.parse(script.flags(), script.PRESETS, flags))"""
+            args = training.parse(script.flags(), script.PRESETS, flags)
+            training.run(script.main, args)"""
     with folder() as at:
         flags = ["--preset", "tiny", "--device", "cpu", "--data", "toyworld:130", "--batch-size",
                  "128", "--steps", "1", "--size", "32", "--workers", "1"]
@@ -4435,7 +4410,7 @@ def run_test(name):
 def main(pattern=""):
     """Run the tests whose names contain the pattern, on all cores, the longest first."""
     names = [n for n in globals() if n.startswith("test_") and pattern in n]
-    names.sort(key=lambda n: not any(w in n for w in ("processes", "resume", "start_methods")))
+    names.sort(key=lambda n: not any(w in n for w in ("two_proc", "resume", "start_methods")))
     count = failures = 0
     with ProcessPoolExecutor(min(len(names) or 1, os.cpu_count() or 1)) as pool:
         for work in as_completed([pool.submit(run_test, n) for n in names]):
@@ -4447,11 +4422,7 @@ def main(pattern=""):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--evaluate"]:         # we are test_two_processes_evaluate_as_one's child
-        torch.set_num_threads(1)
-        evaluate_all(sys.argv[2])
-    elif sys.argv[1:2] == ["--steady"]:
-        torch.set_num_threads(1)
-        run_steadily(*sys.argv[2:])
+    if sys.argv[1:2] == ["--together"]:         # we are a child of test_two_processes_are_as_one
+        work_together(sys.argv[2])
     else:
         sys.exit(main(*sys.argv[1:2]))

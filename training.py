@@ -365,7 +365,8 @@ class Progress:
     """Progress bar, mean loss since the last report, the watch for a loss of NaN and for signals.
 
     SIGINT (Ctrl-C) and SIGTERM (a cluster that wants its machine back) ask for an end after the
-    running step; a second one ends the process at once.
+    running step; a second one ends the process at once. A context manager: whatever ends the loop,
+    signals are then what they were.
     """
 
     def __init__(self, step, steps, what, loader, state, images_per_step):
@@ -374,8 +375,19 @@ class Progress:
                         mininterval=1, smoothing=0.05, file=sys.stdout)
         self.total, self.first = 0.0, step
         self.signal, self.evaluating, self.before = 0, False, {}
+
+    def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             self.before = {n: signal.signal(n, self.asked) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind, *_):
+        self.bar.close()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if kind is None and (skipped := int(self.state.sum(self.loader.skipped())[0])):
+            self.state.say(f"{skipped} unreadable training photos were replaced by the next one, "
+                           "each named above")
 
     def asked(self, number, _):
         """Handler of a signal."""
@@ -393,7 +405,6 @@ class Progress:
 
     def stop(self, number):
         """End the run, whose last step is saved."""
-        self.release()
         raise Stopped(number, f"stopped by {signal.Signals(number).name}; saved, and --resume added"
                       " to the same command goes on")
 
@@ -423,17 +434,6 @@ class Progress:
                              wait=f"{self.loader.share():.0%}", refresh=False)
         self.total, self.first = 0.0, step
         return mean
-
-    def release(self):
-        self.bar.close()
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def close(self):
-        self.release()
-        if skipped := int(self.state.sum(self.loader.skipped())[0]):
-            self.state.say(f"{skipped} unreadable training photos were replaced by the next one, "
-                           "each named above")
 
 
 def some(names, most=24):
