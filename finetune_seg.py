@@ -86,7 +86,8 @@ def flags():
 
 @torch.no_grad()
 def predict(model, images, layout, originals, args, things, state):
-    """uint8 images [B, 3, H, W] -> list of B dicts task -> answer at the original size.
+    """uint8 images [B, 3, H, W] -> B dicts task -> answer at the original size, one after another:
+    the masks of one large photo may be hundreds of megabytes.
 
     semantic: class map uint8 [H0, W0]. instance: dict of labels, scores, masks, see
     instance_inference. panoptic: segment ids [H0, W0] and {id: class}. All on the CPU.
@@ -95,19 +96,20 @@ def predict(model, images, layout, originals, args, things, state):
     with state.autocast():
         answers = model(normalize(images.to(state.device)), layout.to(state.device),
                         dict.fromkeys(args.tasks, slice(None)))
-    found = [{} for _ in originals]
-    for task, (classes, masks) in answers.items():
-        for out, c, m, size, original in zip(found, classes[-1], masks[-1], sizes, originals):
+    for b, original in enumerate(originals):
+        found = {}
+        for task, (classes, masks) in answers.items():
+            asked = classes[-1, b], masks[-1, b], sizes[b], patch, original
             if task == "semantic":
-                out[task] = semantic_inference(c, m, size, patch, original).argmax(0).byte().cpu()
+                found[task] = semantic_inference(*asked).argmax(0).byte().cpu()
             elif task == "instance":
-                out[task] = {k: v.cpu() for k, v in
-                             instance_inference(c, m, size, patch, original).items()}
+                found[task] = {k: v.cpu() for k, v in instance_inference(*asked).items()}
             else:
-                ids, kinds = panoptic_inference(c, m, size, patch, original, things,
-                                                args.object_threshold, args.overlap_threshold)
-                out[task] = ids.cpu(), kinds
-    return found
+                ids, kinds = panoptic_inference(*asked, things, args.object_threshold,
+                                                args.overlap_threshold)
+                found[task] = ids.cpu(), kinds
+        yield found
+        del found
 
 
 def new_metric(task, dataset):
@@ -165,6 +167,7 @@ def evaluate(model, dataset, args, state, path=None):
                          pictures(task, answers[task], truth, dataset.things)]
                 photo = dataset.source[truth["index"]]["image"]     # as it was before any scaling
                 rows.append(torch.cat([photo, *shown], 2))
+            del answers                                     # before the next photo's are made
     model.train()
     if path and state.rank == 0:
         draw.save_picture(rows, path)

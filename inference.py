@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from losses import corners
 
-PART = 2**24                    # float numbers of mask logits to hold at the original size at once
+PART = 2**22                    # float numbers of mask logits to hold at the original size at once
 
 
 def at_original(maps, size, patch, original, align_corners=False):
@@ -80,18 +80,22 @@ def instance_inference(class_logits, mask_logits, size, patch, original, limit=1
     query, labels = order // p.shape[1], order % p.shape[1]
     used, place = query.unique(return_inverse=True)
     masks = torch.empty(len(order), *original, dtype=torch.bool)        # on the CPU: may be large
-    quality, done = [], 0
+    quality, done = mask_logits.new_empty(len(used), dtype=torch.float32), 0
     for logits in in_parts(mask_logits[used], size, patch, original):
         mask = logits > 0
         inside = (logits.sigmoid() * mask).flatten(1).sum(1)
-        quality.append(inside / mask.flatten(1).sum(1).clamp(min=1))
-        mine = (place >= done) & (place < done + len(logits))           # the answers of this part
-        masks[mine.cpu()] = mask[place[mine] - done].cpu()
+        quality[done:done + len(logits)] = inside / mask.flatten(1).sum(1).clamp(min=1)
+        for i, q in enumerate(place.tolist()):                          # answers of this part
+            if done <= q < done + len(logits):
+                masks[i] = mask[q - done]
         done += len(logits)
-    scores = p[query, labels] * torch.cat(quality)[place]
+    scores = p[query, labels] * quality[place]
     real = scores > 0
-    masks = masks if real.all() else masks[real.cpu()]
-    return {"labels": labels[real], "scores": scores[real], "masks": masks}
+    kept = real.nonzero()[:, 0].tolist()
+    for i, k in enumerate(kept):                    # move up in place: a copy may not fit
+        if i < k:
+            masks[i] = masks[k]
+    return {"labels": labels[real], "scores": scores[real], "masks": masks[:len(kept)]}
 
 
 def panoptic_inference(class_logits, mask_logits, size, patch, original, things,
