@@ -4,8 +4,11 @@ COCO's files -> Source: instances_*.json (boxes, masks), person_keypoints_*.json
 Whatever they say is checked when they are opened. Masks stay outlines until their photo is read.
 """
 import os
+import re
+import unicodedata
 from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -17,6 +20,7 @@ from files import (
     Source,
     hold_out,
     limit_classes,
+    list_images,
     note,
     read_json,
     read_numbers,
@@ -40,21 +44,42 @@ def require(condition, reason):
 
 
 def numbers(what, values, count=None, limit=1e6):
-    """A list of numbers up to +-limit (of pixels) -> float64 array; raises ValueError for all else,
-    strings too. what: its name in the message."""
+    """A list of numbers up to +-limit (of pixels) -> float64 array; raises ValueError for all else.
+    what: its name in the message."""
+    if isinstance(values, list) and any(type(v) is str for v in values):    # some tools quote them
+        values = [as_number(v) for v in values]
     if not isinstance(values, list) or not {*map(type, values)} <= {int, float} \
             or count not in (None, len(values)):
-        raise ValueError(f"{what} {str(values)[:60]} is no list of {count or ''} numbers")
+        many = f"{count} numbers" if count else "numbers"
+        raise ValueError(f"{what} {str(values)[:60]} is no list of {many}")
     array = np.array(values, np.float64)
     if not (np.abs(array) <= limit).all():                  # NaN neither
         raise ValueError(f"{what} {str(values)[:60]} is not finite or beyond {limit:.0g}")
     return array
 
 
+def as_number(value):
+    """What a text says, if it is a number: "7" and 7.0 are 7; all else as it is."""
+    if type(value) is str:
+        try:
+            value = float(value) if value.strip().lower().lstrip("+-")[:1].isdigit() else value
+        except ValueError:
+            return value
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
 def an_id(value):
+    """An id in the one form in which it is compared: tools write 7, 7.0 and "7" for the same."""
+    value = as_number(value)
     if type(value) not in (int, str):
         raise ValueError(f"{str(value)[:60]} is no id")
     return value
+
+
+def default(entry, key, value):
+    """entry[key], or the value where it is missing or null."""
+    found = as_number(entry.get(key))
+    return value if found is None else found
 
 
 def read_categories(path, content, kind):
@@ -63,9 +88,9 @@ def read_categories(path, content, kind):
     found = []
     for n, entry in enumerate(content["categories"]):
         try:
-            require(type(entry["id"]) is int, "its id must be a whole number")
+            require(type(an_id(entry["id"])) is int, "its id must be a whole number")
             require(kind != "panoptic" or entry["isthing"] in (0, 1), "isthing must be 0 or 1")
-            found.append((entry["id"], str(entry["name"]),
+            found.append((an_id(entry["id"]), str(entry["name"]),
                           kind != "panoptic" or entry["isthing"] == 1))
         except BAD as error:
             raise InputError(f"{path}: category {entry.get('id', f'number {n}')}: {why(error)}") \
@@ -75,22 +100,24 @@ def read_categories(path, content, kind):
     if len({i for i, _, _ in found}) < len(found):
         raise InputError(f"{path}: two categories have the same id")
     if kind == "keypoints":
-        only = jointed(path, content["categories"])["id"]
-        found = [c for c in found if c[0] == only]
+        wanted = [an_id(e["id"]) for e in jointed(path, content["categories"])]
+        found = [c for c in found if c[0] in wanted]
     return sorted(found, key=lambda c: (not c[2], c[0]))
 
 
 def jointed(path, entries):
-    """Of a file's categories the one with joints: that which names them, or "person"."""
+    """Of a file's categories those with joints: all that name the same ones (AP-10K's 54 species),
+    or "person"."""
     named = [e for e in entries if named_joints(e)]
     found = named or [e for e in entries if e.get("name") == "person"]
-    if len(found) > 1:
+    if len({tuple(map(str, named_joints(e))) for e in found}) > 1:
         found = [e for e in found if e.get("name") == "person"] or found
-    if len(found) != 1:
+    if len({tuple(map(str, named_joints(e))) for e in found}) != 1:
         names = [e.get("name") for e in found]
-        raise InputError(f'{path}: one category must have joints, its "keypoints" naming them, or '
-                         f"be called person and have COCO's; here {names or 'none'}")
-    return found[0]
+        raise InputError(f'{path}: a category must have joints, its "keypoints" naming them, all '
+                         "categories the same, or be called person and have COCO's; here "
+                         f"{names or 'none'}")
+    return found
 
 
 def named_joints(entry):
@@ -100,7 +127,7 @@ def named_joints(entry):
 
 def joint_names(path, content):
     """Names of the joints, () in a file without; COCO's 17 where the category does not say."""
-    names = named_joints(jointed(path, content["categories"])) or KEYPOINTS
+    names = named_joints(jointed(path, content["categories"])[0]) or KEYPOINTS
     if len({str(n).lower() for n in names}) < len(names):
         raise InputError(f"{path}: two joints have the same name")
     return tuple(map(str, names))
@@ -119,7 +146,8 @@ def read_images(root, path, content, split, on_error):
     images, broken = {}, set()
     for n, entry in enumerate(content["images"]):
         try:
-            i, size = an_id(entry["id"]), (entry["height"], entry["width"])
+            i = an_id(entry["id"])
+            size = as_number(entry["height"]), as_number(entry["width"])
             require(all(type(s) is int and s > 0 for s in size), f"{size} is no height and width")
             require(i not in images, "two images have this id")
             name = str(Path(entry["file_name"].replace("\\", "/")))  # as Windows writes folders
@@ -128,14 +156,46 @@ def read_images(root, path, content, split, on_error):
             raise InputError(f"{path}: image {entry.get('id', f'number {n}')}: {why(error)}") \
                 from None
     folder, bare = photo_folder(root, path, split, [r["photo"] for r in images.values()])
-    there = set(os.listdir(folder))                         # one look instead of 100,000
+    there, others = set(os.listdir(folder)), None           # one look instead of 100,000
     for i, record in images.items():
-        name = Path(record["photo"]).name if bare else record["photo"]
+        name, given = Path(record["photo"]).name if bare else record["photo"], record["photo"]
         record["photo"] = folder / name
-        if name not in there and not record["photo"].is_file():
-            refuse(f"{record['photo']}: no such file, but {path} lists it", on_error)
+        if name in there or record["photo"].is_file():
+            continue
+        others = photos_below(root) if others is None else others
+        record["photo"] = alike(others, given, [*SPLITS[split], path.parent.name])
+        if record["photo"] is None:
+            refuse(f"{folder / name}: no such file, nor one of that name below {root}, but {path} "
+                   "lists it", on_error)
             broken.add(i)
     return images, broken
+
+
+def as_seen(name):
+    """A file's name in the form in which people see it: tools write URL quotes, /data/local-files/
+    ?d=..., and accents in two parts; some systems do not tell capitals."""
+    name = unquote(name).rpartition("?d=")[2].replace("\\", "/")
+    return unicodedata.normalize("NFC", Path(name).name).casefold()
+
+
+def photos_below(root):
+    """{name as people see it: paths} of all photos below a folder."""
+    found = {}
+    for path in list_images(root):
+        found.setdefault(as_seen(path.name), []).append(path)
+    return found
+
+
+def alike(photos, name, parts):
+    """The one photo of `photos` that this name may mean: of several that in the same folders, then
+    that in a folder of this part's name; None without or if it stays unclear."""
+    found = photos.get(as_seen(name), [])
+    folders = [as_seen(p) for p in Path(unquote(name)).parts[:-1]]
+    for wanted in (folders, parts):
+        if len(found) > 1:
+            score = [sum(as_seen(p) in wanted for p in path.parts) for path in found]
+            found = [p for p, s in zip(found, score) if s == max(score)]
+    return found[0] if len(found) == 1 else None
 
 
 def photo_folder(root, path, split, names):
@@ -150,28 +210,40 @@ def photo_folder(root, path, split, names):
         for place in places:
             if any((root / place / (Path(n).name if bare else n)).is_file() for n in names[:20]):
                 return root / place, bare
+    photos = photos_below(root) if names else {}            # elsewhere, or by other names
+    for name in names[:20]:
+        if found := alike(photos, name, parts):
+            return found.parent, True
     raise InputError(f"{path}: its photos ({', '.join(names[:1]) or 'none listed'}) are not in "
-                     f"{root}, nor below it in {', '.join(filter(None, places))}; names must "
-                     "be equal, capitals too")
+                     f"{root}, nor below it in {', '.join(filter(None, places))} or any other "
+                     "folder, with or without the folders in their names")
 
 
 def parse_object(entry, count, masks):
     """One annotation -> (box xyxy, area, crowd, joints or None, segmentation or None).
-    A missing iscrowd means 0, a missing area that of the box; count: joints, 0 for none."""
+    A missing iscrowd means 0, a missing area that of the box, missing joints that none is labelled;
+    count: joints, 0 for none. Where only joints were clicked, the box is theirs."""
     x, y, w, h = numbers("bbox", entry["bbox"], 4).tolist()
     require(w >= 0 and h >= 0, f"its box {entry['bbox']} has a negative side")
-    area = numbers("area", [entry.get("area", w * h)], limit=1e12)[0]
-    crowd = entry.get("iscrowd", 0)
+    crowd = default(entry, "iscrowd", 0)
     require(crowd in (0, 1), f"iscrowd is {crowd}, not 0 or 1")
-    require(area >= 0, f"its area is {area}")
     joints = shape = None
     if count:
-        joints = numbers(f"keypoints, {count} x (x, y, v):", entry["keypoints"], 3 * count)
-        joints = joints.reshape(count, 3)
+        joints = numbers(f"keypoints, {count} x (x, y, v):", default(
+            entry, "keypoints", [0] * 3 * count), 3 * count).reshape(count, 3)
         require(np.isin(joints[:, 2], (0, 1, 2)).all(), "a joint's flag is not 0, 1 or 2")
+        clicked = joints[joints[:, 2] > 0, :2]
+        if w * h == 0 and len(clicked):
+            (x, y), (w, h) = clicked.min(0).tolist(), (np.ptp(clicked, 0) + 1).tolist()
+            entry = entry | {"area": None}
+    area = numbers("area", [default(entry, "area", w * h)], limit=1e12)[0]
+    require(area >= 0, f"its area is {area}")
     if masks:
         shape = entry["segmentation"]
+        require(shape is not None, "has no segmentation, only a box")
         if isinstance(shape, list):
+            if shape and not isinstance(shape[0], list):        # one polygon, not in a list
+                shape = [shape]
             require(shape, "has no polygon, only a box")
             shape = [numbers("polygon", s) for s in shape]  # arrays: half of the memory of lists
             require(all(len(s) >= 6 and len(s) % 2 == 0 for s in shape),
@@ -188,20 +260,19 @@ def coco_instances(root, path, split, kind, keys, on_error, categories=None):
     masks = "masks" in keys and kind != "keypoints"         # joints know their area without
     categories = same_categories(path, read_categories(path, content, kind), categories)
     joints = joint_names(path, content) if kind == "keypoints" else ()
-    every = {c["id"] for c in content["categories"]}
-    label = {i: k for k, (i, _, _) in enumerate(categories)}
+    every = {an_id(c["id"]) for c in content["categories"]}
+    # what has the same joints is one kind of thing to the network
+    label = {i: k * (kind != "keypoints") for k, (i, _, _) in enumerate(categories)}
     images, broken = read_images(root, path, content, split, on_error)
-    found, used = {i: [] for i in images}, set()
+    found = {i: [] for i in images}
     for n, entry in enumerate(content["annotations"]):
         name = entry.get("id", f"number {n}")
         try:
             require("segments_info" not in entry, "a segment map; expected boxes")
-            image, category = an_id(entry["image_id"]), entry["category_id"]
+            image, category = an_id(entry["image_id"]), an_id(entry["category_id"])
             require(image in images, f"its image {image!r} is not listed")
             require(type(category) is int, f"its category {category!r} is no whole number")
             require(category in every, f"its category {category} is not listed")
-            require(an_id(name) not in used, "two annotations have this id")
-            used.add(name)
             if category in label:
                 parsed = parse_object(entry, len(joints), masks)
                 found[image].append((label[category], name, *parsed))
@@ -362,18 +433,28 @@ def coco_files(root, word):
     """
     parts = [root / s for names in SPLITS.values() for s in names]
     every = [p for place in (root / "annotations", root, *parts)
-             for p in sorted(place.glob("*.json"))]
+             for p in sorted(place.glob("*.json")) if p.name[0] != "."]
     found = [p for p in every if word in p.name.lower()]
     if not found and word != "panoptic":
         found = [p for p in every if not any(k in p.name.lower() for k in KINDS) and is_coco(p)]
     files = []
-    for split in SPLITS:
-        own = [p for p in found if p not in files and (         # "trainval" once
-            split in p.name.lower() or p.parent in [root / s for s in SPLITS[split]])]
-        if own and own[0].parent in parts:                      # Roboflow's valid before its test
-            own = [p for p in own if p.parent == own[0].parent]
+    for names in (SPLITS["train"], SPLITS["val"]):
+        own = []
+        for name in names:                      # "test" only without "val"
+            own = own or [p for p in found if p not in files and names_part(p, root) == name]
         if len(own) > 1:
             raise InputError(f"--data {root}: {own[0].name} and {own[1].name} are both there; "
                              "keep one of them")
         files += own or [None]
     return [found[0], None] if len(found) == 1 and files == [None, None] else files
+
+
+def names_part(path, root):
+    """The word of SPLITS that a JSON file's name or its folder says, or None: in train2017 and
+    trainval it is train, in annotations_validated none."""
+    words = re.findall("[a-z]+", path.stem.lower())
+    if path.parent.parent == root and path.parent.name != "annotations":
+        words.append(path.parent.name.lower())
+    every = [s for names in SPLITS.values() for s in names]
+    return next((s for s in every for w in words if w in (s, f"{s}val", f"mini{s}", f"{s}dev")),
+                None)

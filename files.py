@@ -273,8 +273,19 @@ def limit_classes(path, names):
 
 
 def hold_out(root, source):
-    """[training, validation] of a data set without a validation part: every 20th photo."""
+    """[training, validation] of a data set without a validation part: every 20th photo, of those
+    that show an object where that is known without reading them."""
     if len(source) < 2:
         raise InputError(f"--data {root}: one photo; training and validation need two")
-    return [source.subset([i for i in range(len(source)) if i % 20]),
-            source.subset(range(0, len(source), 20))]
+    full = [i for i, r in enumerate(source.records) if shows(r.get("labels"))]
+    val = (full or list(range(len(source))))[::20]
+    return [source.subset([i for i in range(len(source)) if i not in set(val)]), source.subset(val)]
+
+
+def shows(labels):
+    """Whether a photo shows an object that can be learned, and graded: no crowd, with a labelled
+    joint if there are joints. True where nobody knows yet."""
+    if labels is None:
+        return True
+    joints = labels.get("keypoints", np.ones((1, 1, 3)))[..., 2]
+    return bool((~labels["iscrowd"]).any() and joints.any())

@@ -34,6 +34,7 @@ from files import (
     read_lines,
     read_numbers,
     refuse,
+    shows,
 )
 
 PHOTOS = ("images", "image", "img", "rgb", "photos", "img_dir")
@@ -332,10 +333,12 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
     for source, part in zip(sources, ("training", "validation")):
         if not len(source):
             raise InputError(f"--data {root}: no usable photo in its {part} part")
-    found = [r["labels"] for r in sources[1].records if "labels" in r]
-    if found and not any((~f["iscrowd"]).any() and f.get("keypoints", np.ones((1, 1, 3)))[..., 2]
-                         .any() for f in found):
-        raise InputError(f"--data {root}: no object, or no joint, in its whole validation part")
+    for source, part in zip(sources, ("training", "validation")):
+        if not any(shows(r.get("labels")) for r in source.records):
+            crowds = any(r["labels"]["iscrowd"].any() for r in source.records)
+            raise InputError(f"--data {root}: no object, or no joint, in its whole {part} part"
+                             + "; all objects have iscrowd 1, as some tools write for what is "
+                             "painted: set it to 0 in the JSON" * crowds)
     return sources
 
 
