@@ -101,8 +101,8 @@ def load_torchvision(glid, spec, state):
 
 
 # may differ when a run is resumed; the last five change how it goes on, not what it is
-FREE = {"resume", "eval", "workers", "out", "compile", "device", "save_every", "eval_every",
-        "batch_size", "accumulate", "steps", "epochs", "on_error"}
+FREE = {"resume", "eval", "check", "workers", "out", "compile", "device", "save_every",
+        "eval_every", "batch_size", "accumulate", "steps", "epochs", "on_error"}
 # without the same, weights mean something else: may not even differ when they are only evaluated
 MEANING = {"preset", "window", "decoder_layers", "tasks", "queries", "many_queries", "min_depth",
            "max_depth", "norm_pix", "sigma"}

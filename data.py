@@ -387,14 +387,19 @@ class ScaleToShortest:
         return sample
 
 
-def segmentation_transform(train, size):
+def flipping(flip):
+    """Mirror half of the samples, or none."""
+    return v2.RandomHorizontalFlip(0.5 if flip else 0.0)
+
+
+def segmentation_transform(train, size, flip=True):
     """Mask2Former's recipe for ADE20K: scale 0.5..2, crop, SSD's colour jitter, flip; at test the
     shortest edge becomes `size`, the longest at most 4 times that."""
     if not train:
         return ScaleToShortest([size], 4 * size)
     scales = [int(size * s / 10) for s in range(5, 21)]
     return v2.Compose([ScaleToShortest(scales, 4 * size), CropToFit(size, size), ColourJitter(),
-                       v2.RandomHorizontalFlip()])
+                       flipping(flip)])
 
 
 def find_objects(task, sample, things):
@@ -464,11 +469,11 @@ class Segmentation:
     epochs every image is seen once with every task. Batches(kinds=T) mixes them evenly.
     """
 
-    def __init__(self, source, train, size, seed, tasks=("semantic",), augment=True):
+    def __init__(self, source, train, size, seed, tasks=("semantic",), augment=True, flip=True):
         self.source, self.train, self.seed, self.tasks = source, train, seed, tasks
         self.classes, self.things = source.classes, source.things
         self.category_ids = source.category_ids
-        self.transform = segmentation_transform(train and augment, size)
+        self.transform = segmentation_transform(train and augment, size, flip)
 
     def __len__(self):
         return len(self.source)
@@ -490,7 +495,7 @@ class Segmentation:
 
 
 def open_segmentation(path, size, fraction=1.0, seed=0, tasks=("semantic",), overfit=False,
-                      **reading):
+                      flip=True, **reading):
     """(training set, validation set) for the segmentation tasks; see open_sources. Instances alone
     may overlap; trained with other tasks they are the things of the panoptic map."""
     keys = ["semantic"] * ("semantic" in tasks)
@@ -499,7 +504,7 @@ def open_segmentation(path, size, fraction=1.0, seed=0, tasks=("semantic",), ove
     elif "instance" in tasks or "panoptic" in tasks:
         keys += ["panoptic", "segments"]
     sources = open_sources(path, size, keys, fraction, overfit, **reading)
-    return [Segmentation(s, train, size, seed, tasks, not overfit)
+    return [Segmentation(s, train, size, seed, tasks, not overfit, flip)
             for s, train in zip(sources, (True, False))]
 
 
@@ -519,7 +524,7 @@ class CropBetween:
         return CropToFit(*sides)(sample)
 
 
-def detection_transform(augment, size):
+def detection_transform(augment, size, flip=True):
     """DETR's multi-scale recipe, all in proportion to `size` (800 px: the shortest side at test,
     the longest at most 1333): flip; shortest side 480..800; half of the time a crop of 384..600 px
     from the photo at 400, 500 or 600 before."""
@@ -529,7 +534,7 @@ def detection_transform(augment, size):
     scales = [size * s // 800 for s in range(480, 801, 32)]
     crop = [v2.RandomShortestSize([size * s // 800 for s in (400, 500, 600)], antialias=True),
             CropBetween(size * 384 // 800, size * 600 // 800)]
-    return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomApply(crop),
+    return v2.Compose([flipping(flip), v2.RandomApply(crop),
                        v2.RandomShortestSize(scales, longest, antialias=True)])
 
 
@@ -542,11 +547,11 @@ class Detection:
               labels; boxes x1 y1 x2 y2 in the photo's pixels; area and iscrowd if known.
     """
 
-    def __init__(self, source, train, augment, size, seed):
+    def __init__(self, source, train, augment, size, seed, flip=True):
         self.source, self.train, self.seed = source, train, seed
         self.classes = source.classes[:source.things]
         self.category_ids = source.category_ids[:source.things]
-        self.transform = detection_transform(augment, size)
+        self.transform = detection_transform(augment, size, flip)
 
     def __len__(self):
         return len(self.source)
@@ -571,11 +576,11 @@ class Detection:
         return {"image": sample["image"], "labels": sample["classes"][keep], "boxes": boxes[keep]}
 
 
-def open_detection(path, size, fraction=1.0, overfit=False, seed=0, **reading):
+def open_detection(path, size, fraction=1.0, overfit=False, seed=0, flip=True, **reading):
     """(training set, validation set) for object detection; see open_sources."""
     sources = open_sources(path, size, ["boxes", "classes", "area"], fraction, overfit,
                            **reading)
-    return [Detection(s, train, train and not overfit, size, seed)
+    return [Detection(s, train, train and not overfit, size, seed, flip)
             for s, train in zip(sources, (True, False))]
 
 
@@ -619,14 +624,14 @@ class Tilt:
         return {"image": tv_tensors.Image(image), "depth": tv_tensors.Mask(depth)}
 
 
-def depth_transform(height, width):
+def depth_transform(height, width, flip=True):
     """BinsFormer's training recipe for NYU: rotate by up to 2.5 degrees (half of the time), flip,
     crop, colours.
 
     Depth travels as a mask: nearest neighbour, so that no value is invented between two surfaces;
     corners that a rotation uncovers become 0 = invalid.
     """
-    return v2.Compose([Tilt(2.5), v2.RandomHorizontalFlip(), CropToFit(height, width),
+    return v2.Compose([Tilt(2.5), flipping(flip), CropToFit(height, width),
                        ColourAugment()])
 
 
@@ -634,9 +639,9 @@ class Depth:
     """(epoch, index) -> dict for collate(): image uint8 [3, H, W], depth float [H, W] metres, 0 =
     invalid. With augment a training crop, else the whole photo as it is."""
 
-    def __init__(self, source, augment, height, width, seed):
+    def __init__(self, source, augment, height, width, seed, flip=True):
         self.source, self.seed, self.unframe = source, seed, augment and source.kinect_frame
-        self.transform = depth_transform(height, width) if augment else v2.Identity()
+        self.transform = depth_transform(height, width, flip) if augment else v2.Identity()
 
     def __len__(self):
         return len(self.source)
@@ -651,11 +656,11 @@ class Depth:
             return self.transform(sample)
 
 
-def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False, **reading):
+def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False, flip=True, **reading):
     """(training set, validation set) for depth; height, width: the training crop, px. ToyWorld's
     photos are squares of the longer side. See open_sources."""
     sources = open_sources(path, max(height, width), ["depth"], fraction, overfit, **reading)
-    return [Depth(s, augment, height, width, seed)
+    return [Depth(s, augment, height, width, seed, flip)
             for s, augment in zip(sources, (not overfit, False))]
 
 
@@ -676,11 +681,11 @@ def persons(labels):
     return {k: np.asarray(v)[rows] for k, v in found.items()}
 
 
-def read_boxes(path, ids, person):
+def read_boxes(path, ids, kinds):
     """A detector's answers, COCO's results format -> per image of `ids` boxes xyxy [P, 4], scores.
 
     JSON: a list of {"image_id", "category_id", "bbox": [x, y, w, h], "score"}. Other categories
-    than `person` and other images are left out; an entry without sense raises InputError.
+    than `kinds` and other images are left out; an entry without sense raises InputError.
     """
     try:
         entries = json.loads(Path(path).read_bytes())
@@ -696,13 +701,13 @@ def read_boxes(path, ids, person):
             x, y, w, h, score = row = [float(v) for v in (*entry["bbox"], entry["score"])]
             if not (np.abs(row) < 1e6).all() or w < 0 or h < 0:        # NaN neither
                 raise ValueError("a number is not finite or no pixel, or a side is below 0")
-            if kind == person and image in found:
+            if kind in kinds and image in found:
                 found[image].append((x, y, x + w, y + h, score))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"--boxes {path}: entry {n} is no box of COCO's results format "
                              f"({type(error).__name__}: {error}); correct or remove it") from None
     if not any(found.values()):
-        raise InputError(f"--boxes {path}: no person (category_id {person}) in any image of "
+        raise InputError(f"--boxes {path}: no person (category_id {min(kinds)}) in any image of "
                          "the validation set; is it the file of this set?")
     rows = [np.array(found[i], np.float64).reshape(-1, 5) for i in ids]
     return [(r[:, :4], r[:, 4]) for r in rows]
@@ -720,11 +725,13 @@ class Pose:
     AP is higher.
     """
 
-    def __init__(self, source, train, size, seed, augment=(0.5, 40.0), boxes=None):
+    def __init__(self, source, train, size, seed, augment=(0.5, 40.0), boxes=None, pairs=None,
+                 flip=True):
         self.source, self.train, self.size, self.seed = source, train, size, seed
         self.augment = augment                  # (zoom, rotation) of pose.random_view, or None
         self.joints = source.joints             # their names, which tell the next four
-        self.flip, self.sigmas = pose.flip_order(self.joints), pose.oks_sigmas(self.joints)
+        self.flip, self.sigmas = pose.flip_order(self.joints, pairs), pose.oks_sigmas(self.joints)
+        self.mirrors = flip
         human = tuple(self.joints) == toyworld.KEYPOINTS
         self.upper, self.bones = (pose.UPPER, toyworld.SKELETON) if human else (None, ())
         self.truths = [persons(source.labels(i)) for i in range(len(source))]
@@ -754,7 +761,7 @@ class Pose:
         matrix = pose.affine(centre, size, *self.size, degrees)
         crop = pose.warp(self.source[i]["image"].as_subclass(torch.Tensor), matrix, *self.size)
         joints, labelled = pose.move(matrix, keypoints[:, :2]), keypoints[:, 2] > 0
-        if mirrored:
+        if mirrored and self.mirrors:
             crop, joints, labelled = pose.mirror(crop, joints, labelled, self.flip)
         return {"image": crop, "joints": torch.from_numpy(joints).float(),
                 "labelled": torch.from_numpy(labelled)}
@@ -777,17 +784,20 @@ class Pose:
 
 
 def open_pose(path, size, fraction=1.0, seed=0, overfit=False, boxes=None, augment=(0.5, 40.0),
-              **reading):
+              pairs=None, flip=True, **reading):
     """(training set of persons, validation set of photos) for pose estimation; see open_sources.
 
     size: (H, W) of the crops; boxes: file of a detector's boxes for the validation photos; augment:
-    (zoom, rotation) of pose.random_view.
+    (zoom, rotation) of pose.random_view; pairs: see pose.flip_order; flip: whether to mirror.
     """
     keys = ["boxes", "classes", "area", "keypoints"]
     train, val = open_sources(path, TOY_PHOTO, keys, fraction, overfit, **reading)
-    found = read_boxes(boxes, val.ids, val.category_ids[PERSON]) if boxes else None
-    return [Pose(train, True, size, seed, None if overfit else augment),
-            Pose(val, False, size, seed, boxes=found)]
+    kinds = val.category_ids[:1] if isinstance(val, ToyWorld) else val.category_ids
+    found = read_boxes(boxes, val.ids, set(kinds)) if boxes else None
+    train = Pose(train, True, size, seed, None if overfit else augment, pairs=pairs, flip=flip)
+    if flip and not overfit and not pairs:
+        pose.require_sides(path, train.joints, train.flip, [t["keypoints"] for t in train.truths])
+    return [train, Pose(val, False, size, seed, boxes=found, pairs=pairs, flip=flip)]
 
 
 # -----------------------------------------------------------------------------

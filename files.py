@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from torchvision import tv_tensors
 IGNORE = 255                                    # label of pixels that belong to no class
 LONGEST = 50                                    # times the shorter side; no photo is as thin
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".gif"}
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm",
+            ".gif"}
+OTHERS = {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".tga", ".psd", ".svg", ".dng", ".cr2",
+          ".cr3", ".nef", ".arw", ".raw", ".exr", ".hdr", ".dcm"}     # images that are not read
 ImageFile.LOAD_TRUNCATED_IMAGES = False         # half a photo is an error, not a grey half
 
 
@@ -140,7 +144,8 @@ def read_depth(path, scale):
     values = read_pixels(path, ("I", "I;16", "I;16B"), what)
     if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 65535):
         raise InputError(f"{path}: {what}")
-    return values.astype(np.float32) / np.float32(scale)
+    # the largest value is what sensors write where they see no end
+    return np.where(values == 65535, 0, values).astype(np.float32) / np.float32(scale)
 
 
 def read_numbers(path):
@@ -186,16 +191,23 @@ def list_images(folder, suffixes=SUFFIXES):
 
     def stop(error):
         raise InputError(f"--data {error.filename}: cannot be read ({error.strerror})")
-    found, visited = [], set()
+    found, visited, passed = [], set(), Counter()
     for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         if os.path.realpath(root) in visited:               # a link back up: do not go round
             folders.clear()
             continue
         visited.add(os.path.realpath(root))
-        found += [Path(root, name) for name in names
-                  if Path(name).suffix.lower() in suffixes and name[0] != "."]
+        names = [name for name in names if name[0] != "."]
+        found += [Path(root, name) for name in names if Path(name).suffix.lower() in suffixes]
+        passed.update(s for name in names if (s := Path(name).suffix.lower()) not in suffixes
+                      and s in SUFFIXES | OTHERS)
+    others = ", ".join(f"{n} {suffix}" for suffix, n in passed.most_common())
     if not found:
-        raise InputError(f"--data {folder}: no images in it ({' '.join(sorted(suffixes))})")
+        jpeg = "; JPEG changes the values of a label map" * ("jp" in others and ".png" in suffixes)
+        raise InputError(f"--data {folder}: no images in it ({' '.join(sorted(suffixes))})"
+                         + f", but {others}: convert them{jpeg}" * bool(others))
+    if others and suffixes is SUFFIXES:
+        note(f"note: {folder}: {others} are passed over; convert them to be read")
     return sorted(found)
 
 

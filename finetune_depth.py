@@ -13,6 +13,7 @@ scene classifier: the paper names one loss, the scale-invariant one. OUT holds l
 relative error), log.jsonl and samples/*.png: photo, truth, prediction, black = no measurement.
 """
 import contextlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from inference import at_original
 from losses import silog_loss
 from metrics import DepthErrors
 from model import DepthEstimator, normalize
+from survey import survey
 
 PRESETS = {
     # two CPU cores, about a minute. The e_i need no speed: Eq. 5 gives each query another depth, so
@@ -60,13 +62,16 @@ def flags():
     return parser
 
 
-def depth_loss(depth, targets, patch):
-    """SILog of depth [B, h, w], a padded canvas, with the truths [H_b, W_b], at their full size.
+def depth_loss(depth, targets, patch, min_depth=0.0, max_depth=math.inf):
+    """SILog of depth [B, h, w], a padded canvas, with the truths [H_b, W_b], at their full size,
+    where they lie between the limits: what is graded nothing teaches nothing, as the last value of
+    a sensor that saw no end.
 
     Image by image, as at test, so that an image gets what it gets alone: with aligned corners the
     padding of a canvas would move every pixel of it.
     """
     truths = [t["depth"] for t in targets]
+    truths = [torch.where((t > min_depth) & (t < max_depth), t, 0) for t in truths]
     found = [at_original(d[None], t.shape, patch, t.shape, align_corners=True)
              for d, t in zip(depth, truths)]
     return silog_loss(*(torch.cat([x.flatten() for x in xs]) for xs in (found, truths)))
@@ -184,7 +189,10 @@ def main(args):
     """Train; returns the errors of the best checkpoint, see evaluate, and "step"."""
     state = training.start(args)
     train, val = open_depth(args.data, *args.crop, args.data_fraction, args.seed, args.overfit,
-                            on_error=args.on_error, depth_scale=args.depth_scale)
+                            not args.no_flip, on_error=args.on_error, depth_scale=args.depth_scale)
+    if state.rank == 0:
+        state.say(spread(train.source, args))
+    survey(args, train, val, state)
     graded(val[(0, 0)]["depth"].shape, args)            # complain before the training, not after
     model = build(args, state)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
@@ -198,8 +206,6 @@ def main(args):
     batching.steps_per_epoch(len(train), args, state, f"--data {args.data}")
     total_batch = args.batch_size * state.world * args.accumulate
     training.describe(state, model, train, val, total_batch, args.steps, args.lr)
-    if state.rank == 0:
-        state.say(spread(train.source, args))
 
     training.compile_model(model, args)
     ddp = state.wrap(model)
@@ -224,7 +230,8 @@ def main(args):
                     # mean and variance of g are those of this process's images alone, as in
                     # BinsFormer: the gradients of n processes average to others than those of one
                     # with n times the batch
-                    loss = depth_loss(depth, targets, model.glid.config.patch) / args.accumulate
+                    loss = depth_loss(depth, targets, model.glid.config.patch, args.min_depth,
+                                      args.max_depth) / args.accumulate
                     loss.backward()
                 bar.add(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)

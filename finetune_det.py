@@ -25,6 +25,7 @@ from inference import detection_inference
 from losses import detection_loss
 from metrics import AveragePrecision
 from model import Detector, normalize
+from survey import survey
 
 PRESETS = {
     # two CPU cores, three minutes. No scene has more than 8 objects: with few queries each
@@ -128,7 +129,8 @@ def main(args):
     """Train; returns {"AP": best box AP, "step": steps done}."""
     state = training.start(args)
     train, val = open_detection(args.data, args.size, args.data_fraction, args.overfit, args.seed,
-                                on_error=args.on_error)
+                                not args.no_flip, on_error=args.on_error)
+    survey(args, train, val, state)
     model = build(args, train.classes, state)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),

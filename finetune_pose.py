@@ -29,6 +29,7 @@ from layout import whole
 from losses import heatmap_loss
 from metrics import OKS_SIGMAS, AveragePrecision
 from model import PoseEstimator, normalize
+from survey import survey
 
 DROPS = (170 / 210, 200 / 210)              # shares of the run: ViTPose's epochs 170 and 200 of 210
 SHOWN = ("AP", "AP50", "AP75", "APm", "APl", "AR")
@@ -63,6 +64,8 @@ def flags():
         help="spread of the crop's angle, degrees")
     add("--boxes", help="a detector's persons in the validation photos, COCO's results format "
         "(JSON); default: the true boxes")
+    add("--flip-pairs", help="joints that a mirror exchanges, if their names do not tell: "
+        "EARL-EARR,3-4; names, or numbers from 1")
     add("--weight-decay", type=training.number(float, 0), default=0.1)
     add("--clip", type=training.RATE, default=1.0, help="gradient norm")
     add("--eval-every", type=positive, default=3000, help="steps between evaluations")
@@ -84,7 +87,7 @@ def predict(model, crops, args, state, flip=pose.FLIP):
         layout = whole(model.glid.config, images).to(state.device)
         with state.autocast():
             maps = model(images, layout).float()
-            if not args.overfit:                    # which has never seen anything in a mirror
+            if not args.overfit and not args.no_flip:   # which have seen nothing in a mirror
                 maps = pose.flip_average(maps, model(images.flip(3), layout).float(), flip)
         at, score = pose.decode(maps, args.size, args.sigma)
         joints.append(at.cpu())
@@ -156,7 +159,9 @@ def main(args):
     """Train; returns {"AP": best AP, "step": steps done}."""
     state = training.start(args)
     train, val = open_pose(args.data, args.size, args.data_fraction, args.seed, args.overfit,
-                           args.boxes, (args.zoom, args.rotation), on_error=args.on_error)
+                           args.boxes, (args.zoom, args.rotation), args.flip_pairs,
+                           not args.no_flip, on_error=args.on_error)
+    survey(args, train, val, state)
     model = build(args, len(train.joints), state)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),

@@ -31,6 +31,7 @@ from inference import instance_inference, panoptic_inference, semantic_inference
 from losses import segmentation_loss
 from metrics import AveragePrecision, MeanIoU, PanopticQuality
 from model import Segmenter, normalize
+from survey import survey
 
 QUERIES = {"semantic": 100, "instance": 200, "panoptic": 200}           # M [paper]
 # what is reported; the first of each chooses best.pt
@@ -239,8 +240,9 @@ def main(args):
     """Train; returns mIoU, AP, PQ of the best evaluation, as far as trained for, and the step."""
     state = training.start(args)
     train, val = open_segmentation(args.data, args.size, args.data_fraction, args.seed, args.tasks,
-                                   args.overfit, on_error=args.on_error,
+                                   args.overfit, not args.no_flip, on_error=args.on_error,
                                    ignore_label=args.ignore_label, first_label=args.first_label)
+    survey(args, train, val, state)
     model = build(args, train, state)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),

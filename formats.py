@@ -84,7 +84,7 @@ def find_pairs(root, photo_words, label_words, on_error):
                 refuse(f"{place}: nothing belongs to it; expected {' or '.join(words)} for it",
                        on_error)
         if not photos or not labels or (split is None and (found or not any(
-                p.suffix.lower() == ".png" for p in labels.iterdir()))):
+                p.suffix.lower() == ".png" for p in labels.rglob("*")))):
             continue
         maps = {p.relative_to(labels).with_suffix(""): p for p in list_images(labels, {".png"})}
         records, stems = [], set()
@@ -124,18 +124,19 @@ def class_names(root):
     return None
 
 
-def found_values(root, records, on_error, within=None):
-    """The set of values in the label maps; within: stop as soon as one is not among these."""
-    found = set()
+def count_values(root, records, on_error, within=None):
+    """How many pixels of the label maps have each value, int64 [65536]; within: stop as soon as a
+    value is not among these."""
+    count = np.zeros(2 ** 16, np.int64)
     for record in tqdm(records, desc=f"looking for the classes of {root} (classes.txt saves this)",
                        leave=False, disable=None):
         with contextlib.ExitStack() as stack:
             if on_error == "skip":                          # it is reported when it is read
                 stack.enter_context(contextlib.suppress(InputError))
-            found |= set(np.unique(read_labels(record["label"])).tolist())
-        if within and not found <= within:
+            count += np.bincount(read_labels(record["label"]).ravel(), minlength=2 ** 16)
+        if within and not set(np.flatnonzero(count).tolist()) <= within:
             break
-    return found
+    return count
 
 
 def class_values(root, found, names, first, ignore, on_error):
@@ -145,19 +146,43 @@ def class_values(root, found, names, first, ignore, on_error):
     if names and first + len(names) > 2 ** 16:
         raise InputError(f"--first-label {first}: {len(names)} classes from there on do not fit "
                          "into 16 bits")
-    records, binary, values = [r for _, part in found.values() for r in part], {0, IGNORE}, set()
-    if not names:
-        values = found_values(root, records, on_error)
-    elif len(names) == 2 and not first:
-        values = found_values(root, records, on_error, within=binary)
-    if values == binary and not first and ignore not in binary:
+    values, counts = set(), []
+    if not names or (len(names) <= 2 and not first):
+        within = {0, IGNORE} if names else None
+        counts = [count_values(root, records, on_error, within) for _, records in found.values()]
+        values = set(np.flatnonzero(sum(counts)).tolist())
+    if values == {0, IGNORE} and not first and ignore not in values and len(names or "12") == 2:
         return BINARY
-    if names:
-        return range(first, first + len(names))
-    values = sorted(v for v in values if v >= first and v not in (IGNORE, ignore))
+    if not names:
+        refuse_doubtful(root, counts)
+    values = range(first, first + len(names)) if names else sorted(
+        v for v in values if v >= first and v not in (IGNORE, ignore))
     if not values:
         raise InputError(f"--data {root}: no label of a class in it")
+    if len(values) == 1:
+        raise InputError(
+            f"--data {root}: one class alone ({names[0] if names else values[0]}) is no "
+            'segmentation; the background is a class too: make "background" the first line of '
+            "classes.txt" + ", or remove --first-label" * bool(first))
     return values
+
+
+def refuse_doubtful(root, counts):
+    """Stop at label maps whose values are surely not what was meant; counts: those of the parts."""
+    total = sum(counts)
+    values, (second, top) = np.flatnonzero(total), np.sort(total)[-2:]
+    span = values[-1] - values[0]
+    # between two values that cover nearly all, thin edges of nearly everything else
+    if len(values) > 32 and len(values) > span / 2 and second + top > 0.9 * total.sum():
+        raise InputError(f"--data {root}: {len(values)} values, of which two cover "
+                         f"{(second + top) / total.sum():.0%} of the pixels: label maps that were "
+                         "resized with interpolation? Resize them again with nearest neighbours, or"
+                         " set each pixel to the nearer of the two")
+    parts = [set(np.flatnonzero(c).tolist()) for c in counts]
+    for one, other in (parts, parts[::-1]) if len(parts) == 2 else ():
+        if one == {0, IGNORE} and IGNORE not in other and len(other) > 1:
+            raise InputError(f"--data {root}: one part's label maps have the values 0 and 255, the "
+                             f"other's {sorted(other)[:8]}: save both with the same")
 
 
 def open_masks(root, keys, on_error, ignore_label=None, first_label=None):
@@ -166,7 +191,8 @@ def open_masks(root, keys, on_error, ignore_label=None, first_label=None):
     if not found:
         return None
     labels, _ = next(iter(found.values()))
-    ade = labels == root / "annotations" / "training"       # there 0 means unlabelled
+    # there 0 means unlabelled; others name their folders so too, but do not list ADE20K's classes
+    ade = labels == root / "annotations" / "training" and (root / "objectInfo150.txt").exists()
     first = first_label if first_label is not None else int(ade)
     names = class_names(root)
     values = class_values(root, found, names, first, ignore_label, on_error)
@@ -191,9 +217,11 @@ def read_semantic(table, values, record):
     raw = read_labels(record["label"])                      # a PNG has 16 bits at most
     label = table[raw]
     if (odd := label > IGNORE).any():
+        background = ('; if 0 is the background, make "background" the first line of classes.txt, '
+                      "or give --first-label 1") if values[0] == 0 else ""
         raise InputError(f"{record['label']}: label {raw[odd][0]}, but the classes are {values[0]} "
-                         f"to {values[-1]}; name it in classes.txt, or --ignore-label leaves it "
-                         "out")
+                         f"to {values[-1]}{background}; if it is another class, name it in "
+                         "classes.txt; if none, --ignore-label leaves it out")
     return {"semantic": label.astype(np.uint8)}, raw.shape
 
 

@@ -14,6 +14,7 @@ Two kinds of coordinates, both (x, y) in px, both float:
 Augmentation, targets and scores are ViTPose's (MMPose's), which the paper follows. P persons, J
 joints, H W crop, h w heatmap.
 """
+import itertools
 import re
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from files import InputError
 from metrics import OKS_SIGMAS, keypoint_overlaps
 from toyworld import KEYPOINTS
 
@@ -32,14 +34,63 @@ UPPER = np.arange(17) < 11          # of COCO's joints those from the nose to th
 # What the names of the joints tell
 
 
-def flip_order(names):
-    """For each joint the one it is called in a mirror: that with left and right, or a lone l and r
-    (l_eye, LEye), exchanged in its name; itself where there is none."""
-    sides = "left|right|(?<![a-z])[lr](?![a-z])"
-    other = dict(left="right", right="left", l="r", r="l")
-    names = [re.sub("^([LlRr])(?=[A-Z][a-z])", r"\1_", n).lower() for n in names]
-    turned = [re.sub(sides, lambda m: other[m[0]], n) for n in names]
-    return [names.index(t) if t in names else i for i, t in enumerate(turned)]
+SIDES = (("left", "right"), ("l", "r"))
+
+
+def flip_order(names, pairs=None):
+    """For each joint the one it is called in a mirror; itself where there is none.
+
+    pairs: "a-b,c-d", names or numbers from 1. Without them the names tell: left and right anywhere
+    in them, or l and r as a word (l_eye), before a capital or after a small letter (LEye, earL), as
+    one of two capitals (LF_paw), or first where the rest is the same (lshoulder, rshoulder).
+    """
+    order = list(range(len(names)))
+    if pairs:
+        known = {str(n).lower(): i for i, n in enumerate(names)} | {
+            str(i + 1): i for i in order if str(i + 1) not in map(str, names)}
+        for pair in pairs.split(","):
+            ends = [known.get(w.strip().lower()) for w in pair.split("-")]
+            if len(ends) != 2 or None in ends or ends[0] == ends[1]:
+                raise InputError(f"--flip-pairs {pair}: two joints of {', '.join(names)}, with a - "
+                                 "between them, or their numbers from 1")
+            order[ends[0]], order[ends[1]] = ends[1], ends[0]
+        return order
+    spelled = [re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", n) for n in names]
+    for i, name in enumerate(spelled):
+        for other in in_a_mirror(name):
+            matches = [j for j, n in enumerate(spelled) if n.lower() == other and j != i]
+            if order[i] == i and len(matches) == 1:
+                order[i] = matches[0]
+    return [j if order[j] == i else i for i, j in enumerate(order)]
+
+
+def in_a_mirror(name):
+    """What a name may be called in a mirror, the surest first."""
+    swap = {a: b for pair in SIDES for a, b in (pair, pair[::-1])}
+    words = re.split("([^a-zA-Z]+)", name)
+    whole = [swap.get(w.lower(), w.lower()) for w in words]
+    yield "".join(whole)
+    yield re.sub("left|right", lambda m: swap[m[0]], name.lower())
+    yield "".join(swap[w[0].lower()] + w[1:].lower() if len(w) == 2 and w.isupper()
+                  and w[0] in "LR" else w.lower() for w in words)         # LF: left front
+    if name[:1].lower() in "lr":
+        yield swap[name[0].lower()] + name[1:].lower()
+
+
+def require_sides(path, names, flip, keypoints):
+    """Refuse joints whose names tell no sides although the photos show some: two joints of which
+    the same one is on the left in nearly all objects would teach nonsense in a mirror."""
+    if any(i != j for i, j in enumerate(flip)):
+        return
+    every = np.concatenate(keypoints)                       # [P, J, 3]
+    for a, b in itertools.combinations(range(len(names)), 2):
+        both = (every[:, [a, b], 2] > 0).all(1)
+        left = np.sign(every[both, a, 0] - every[both, b, 0])
+        if len(left) >= 20 and abs(left.mean()) > 0.4:      # by chance once in 2000 pairs
+            raise InputError(
+                f"--data {path}: its joints ({', '.join(names[:8])}) name no left and right, but "
+                f"{names[a]} and {names[b]} keep their sides in the photos: --flip-pairs 1-2,3-4 "
+                "says which a mirror exchanges, --no-flip mirrors nothing")
 
 
 FLIP = flip_order(KEYPOINTS)

@@ -26,6 +26,7 @@ import training
 from data import collate_pretraining, mix, open_pretraining
 from losses import reconstruction_loss
 from model import Pretrainer, normalize, pixel_statistics, split_units
+from survey import survey
 
 PRESETS = {
     # two CPU cores, about six minutes; raw pixels are the paper's text, normalised ones learn more
@@ -118,6 +119,7 @@ def main(args):
     config = training.model_config(args)
     train, val = open_pretraining(args.data, config, args.mask, args.mask_ratio, args.seed,
                                   args.on_error)
+    survey(args, train, val, state)
 
     torch.manual_seed(args.seed)                                            # same weights on all
     model = Pretrainer(config, args.norm_pix).to(state.device)

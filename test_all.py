@@ -2284,7 +2284,7 @@ def test_depth_loop_does_what_it_says():
             for _ in range(2):
                 images, tokens, targets = data.collate(TINY, [train[i] for i in next(order)])
                 depth = net(M.normalize(images), tokens)
-                (finetune_depth.depth_loss(depth, targets, 2) / 2).backward()
+                (finetune_depth.depth_loss(depth, targets, 2, 1e-3, 10) / 2).backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
             optimizer.step()
             optimizer.zero_grad()
@@ -2675,7 +2675,7 @@ def test_pose_detector_boxes():
         path = at / "boxes.json"
         path.write_text(json.dumps([good, good | {"category_id": 3}, good | {"image_id": 9},
                                     good | {"image_id": 2, "score": 1}]))
-        found = data.read_boxes(path, [0, 1, 2], person=0)
+        found = data.read_boxes(path, [0, 1, 2], kinds={0})
         assert [len(b) for b, _ in found] == [1, 0, 1] and found[0][0].tolist() == [[1, 2, 31, 42]]
         assert found[2][1].tolist() == [1]
         val = data.open_pose("toyworld:3", (64, 48), boxes=path)[1]
@@ -2691,13 +2691,13 @@ def test_pose_detector_boxes():
                           ({"image_id": 0}, "entry 1"), (good | {"image_id": [0]}, "entry 1")):
             path.write_text(json.dumps([good, bad]))
             with raises(InputError, "--boxes", "boxes.json", word):
-                data.read_boxes(path, [0, 1, 2], person=0)
+                data.read_boxes(path, [0, 1, 2], kinds={0})
         for text, word in (("[", "JSON"), ("{}", "list"), ("[]", "no person")):
             path.write_text(text)
             with raises(InputError, "--boxes", word):
-                data.read_boxes(path, [0, 1, 2], person=0)
+                data.read_boxes(path, [0, 1, 2], kinds={0})
         with raises(InputError, "--boxes", "none.json"):
-            data.read_boxes(at / "none.json", [0], person=0)
+            data.read_boxes(at / "none.json", [0], kinds={0})
         with raises(InputError, "--size 60 48", "16"), quiet():
             finetune_pose.main(args_for(finetune_pose, "--size", 60, 48, "--out", at / "odd"))
 
@@ -2823,8 +2823,8 @@ def test_ade20k_layout_gives_toyworld_back():
         for names in (None, toyworld.CLASSES):
             if names:
                 (at / "classes.txt").write_text("\n".join(names) + "\n")
-            with quiet():
-                sources = formats.open_folder(at, ["semantic"])
+            with quiet():                                   # ADE20K's names alone make no ADE20K
+                sources = formats.open_folder(at, ["semantic"], first_label=names and 1)
             for source, split in zip(sources, ("train", "val")):
                 assert source.category_ids == tuple(range(1, 13)) and source.things == 0
                 assert source.classes == (names or tuple(map(str, range(1, 13))))
@@ -3232,12 +3232,13 @@ def test_mask_folders():
         assert sources[0].category_ids == (0, 1, 3)         # 2 does not occur
         assert sources[0][1]["semantic"][:3, 0].tolist() == [2, 255, 1]
         for how, expected, classes in ((dict(ignore_label=3), [255, 255, 1], "01"),
-                                       (dict(first_label=1), [1, 255, 0], "13"),
-                                       (dict(first_label=1, ignore_label=3), [255, 255, 0], "1")):
+                                       (dict(first_label=1), [1, 255, 0], "13")):
             with quiet():
                 sources = formats.open_folder(at, ["semantic"], **how)
             assert sources[0][1]["semantic"][:3, 0].tolist() == expected
             assert sources[0].classes == tuple(classes)
+        with raises(InputError, "one class alone (1)", "--first-label"), quiet():
+            formats.open_folder(at, ["semantic"], first_label=1, ignore_label=3)
         (at / "classes.txt").write_text("sky\nsea\n\n")
         with raises(InputError, "b.png", "label 3", "--ignore-label"):
             read_all(at, ["semantic"])

@@ -76,6 +76,7 @@ def add_flags(parser):
     add("--out", default=None, help="folder of checkpoints, log and pictures")
     add("--resume", action="store_true", help="continue OUT exactly where its last.pt stands")
     add("--eval", action="store_true", help="only evaluate OUT/best.pt")
+    add("--check", action="store_true", help="only say what the data set would teach")
     add("--steps", type=POSITIVE, help="optimiser steps; overrides the schedule's length")
     add("--batch-size", type=POSITIVE, help="images per process and micro-step")
     add("--accumulate", type=POSITIVE, default=1, help="micro-steps per optimiser step")
@@ -104,6 +105,7 @@ def add_finetune_flags(parser):
     add("--data-fraction", type=SHARE, default=1.0, help="share of the training set (Table 8)")
     add("--backbone-lr", type=number(float, 0), help="lr of the backbone, times --lr")
     add("--query-lr", type=number(float, 0), default=1.0, help="lr of the e_i, times --lr")
+    add("--no-flip", action="store_true", help="mirror no photo: where left and right differ")
 
 
 def parse(parser, presets, argv=None):
@@ -324,6 +326,8 @@ def start(args):
         state.rank, state.world = dist.get_rank(), dist.get_world_size()
     words += "; Apple's GPUs are untried by us" * (device.type == "mps")
     state.say(f"device {device}, {state.world} process(es), {words}")
+    if args.check:
+        return state
     if Path(args.out, "last.pt").exists() and not (args.resume or args.eval):
         raise InputError(f"--out {args.out}: holds a run already; --resume continues it, another "
                          "--out starts a new one")
@@ -436,32 +440,14 @@ class Progress:
         return mean
 
 
-def some(names, most=24):
-    """The first names and the last, if they are many."""
-    names = list(names)
-    return ", ".join(names if len(names) <= most else [*names[:most - 2], "...", names[-1]])
-
-
 def describe(state, model, train, val, batch, steps, lr):
     """What a run prints before it starts."""
     parts = {name: sum(p.numel() for p in part.parameters()) / 1e6
              for name, part in model.glid.named_children()}
     parts["heads"] = sum(p.numel() for p in model.parameters()) / 1e6 - sum(parts.values())
     state.say("parameters (M): " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
-    if hasattr(train, "classes") or hasattr(train, "joints"):
-        describe_answers(state, train)
     state.say(f"{len(train)} training and {len(val)} validation images; {steps} steps of {batch} "
               f"images; peak learning rate {lr:.3g}")
-
-
-def describe_answers(state, train):
-    """The names that the network's answers have."""
-    if classes := getattr(train, "classes", ()):
-        ids = [f"{i} {name}" for i, name in zip(train.category_ids, classes)]
-        state.say(f"{len(classes)} classes, labels 0 to {len(classes) - 1}: {some(ids)}")
-    if joints := getattr(train, "joints", ()):
-        pairs = sum(other > i for i, other in enumerate(train.flip))
-        state.say(f"{len(joints)} joints, {pairs} pairs that a mirror exchanges: {some(joints)}")
 
 
 def compile_model(model, args):

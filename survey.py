@@ -1,0 +1,146 @@
+"""
+What a data set will teach, told before anything is trained: a class that covers no pixel, objects
+that a rule leaves out, a photo in both parts. What is certainly wrong is refused where it is read;
+what may be meant so is shown here, to somebody who knows what is in the files.
+"""
+import sys
+from collections import Counter
+
+import numpy as np
+
+from files import IGNORE, InputError, shows
+
+LOOKED_AT = 200                         # label maps of a part whose pixels are counted
+
+
+def survey(args, train, val, state):
+    """Print it, on one process; with --check the program ends here, with exit code 0."""
+    if state.rank == 0:
+        for line in lines(args, train, val):
+            print(line, flush=True)
+    if args.check:
+        sys.exit(0)
+
+
+def lines(args, train, val):
+    """What survey prints; train, val: data sets of data.py."""
+    found = names(train)
+    for part, dataset in (("training", train), ("validation", val)):
+        source = dataset.source
+        records = getattr(source, "records", None)          # ToyWorld and bare photos have none
+        if records and "labels" in records[0]:
+            found += objects(part, source, train)
+        elif records and hasattr(source, "classes") and args_want(args, "semantic"):
+            found += pixels(part, source, args)
+    return found + twice(train.source, val.source) + limits(args, train) + mirrors(args, train)
+
+
+def args_want(args, task):
+    return task in getattr(args, "tasks", ())
+
+
+def some(words, most=24):
+    """The first words and the last, if they are many."""
+    words = list(words)
+    return ", ".join(words if len(words) <= most else [*words[:most - 2], "...", words[-1]])
+
+
+def names(train):
+    """The names that the network's answers have."""
+    found = []
+    if classes := getattr(train, "classes", ()):
+        ids = [f"{i} {name}" for i, name in zip(train.category_ids, classes)]
+        found.append(f"{len(classes)} classes, labels 0 to {len(classes) - 1}: {some(ids)}")
+    if joints := getattr(train, "joints", ()):
+        pairs = [f"{joints[i]} - {joints[j]}" for i, j in enumerate(train.flip) if i < j]
+        found.append(f"{len(joints)} joints: {some(joints)}; {len(pairs)} pairs that a mirror "
+                     f"exchanges: {some(pairs, 12) or 'none'}")
+    return found
+
+
+def objects(part, source, train):
+    """Of boxes, masks or joints: how many of what, and how many a rule leaves out."""
+    every = [r["labels"] for r in source.records]
+    crowd = np.concatenate([x["iscrowd"] for x in every])
+    boxes = np.concatenate([x["boxes"] for x in every])
+    classes = np.concatenate([x["classes"] for x in every])
+    size = np.repeat([r["size"] for r in source.records], [len(x["boxes"]) for x in every], 0)
+    size = size.reshape(-1, 2)
+    low, high = boxes[:, :2].clip(0, size[:, ::-1]), boxes[:, 2:].clip(0, size[:, ::-1])
+    flat = ~crowd & ((boxes[:, 2:] <= boxes[:, :2]).any(1))
+    outside = ~crowd & ~flat & (high <= low).any(1)
+    left = {"crowds (iscrowd 1)": crowd, "outside their photo": outside, "without area": flat}
+    if "keypoints" in every[0]:
+        joints = np.concatenate([x["keypoints"][..., 2] for x in every])
+        left["without a labelled joint"] = ~crowd & ~(joints > 0).any(1)
+    kept = ~np.any(list(left.values()), 0)
+    kinds = source.classes if "keypoints" not in every[0] else ("with joints",)
+    counts = np.bincount(classes[kept], minlength=len(kinds))
+    share = [f"{name} {n / max(1, kept.sum()):.1%}" for name, n in zip(kinds, counts) if n]
+    missing = [name for name, n in zip(kinds, counts) if not n]
+    shown = sum(map(shows, every))
+    found = [f"{part}: {kept.sum()} objects in {shown} of {len(every)} photos: {some(share, 12)}"
+             + f"; none of {some(missing, 8)}" * bool(missing)
+             + "".join(f"; left out: {n.sum()} {what}" for what, n in left.items() if n.any())]
+    if crowd.mean() > 0.1:
+        found.append(f"note: {crowd.mean():.0%} of the {part} objects are crowds, which teach "
+                     "nothing and are graded nothing; some tools write iscrowd 1 for whatever is "
+                     "painted: if it is that, set it to 0 in the JSON")
+    if outside.any():
+        found.append(f"note: {outside.sum()} {part} boxes lie wholly outside their photo: are they "
+                     "in pixels, as x, y, width, height?")
+    return found
+
+
+def pixels(part, source, args):
+    """Of label maps: the share of the pixels of each class and of none."""
+    step = -(-len(source) // LOOKED_AT)
+    count, seen = np.zeros(256, np.int64), 0
+    for i in range(0, len(source), step):
+        try:
+            count += np.bincount(source.labels(i)["semantic"].flatten().numpy(), minlength=256)
+            seen += 1
+        except InputError:
+            if args.on_error == "stop":
+                raise
+    total = max(1, count.sum())
+    share = [f"{name} {n / total:.1%}" for name, n in zip(source.classes, count) if n]
+    missing = [name for name, n in zip(source.classes, count) if not n]
+    return [f"{part}: pixels of {seen} of {len(source)} label maps: {some(share, 12)}; no class "
+            f"{count[IGNORE] / total:.1%}" + f"; none of {some(missing, 8)}" * bool(missing)]
+
+
+def twice(train, val):
+    """Photos that are there more than once, or in both parts."""
+    paths = [[str(r["photo"]) for r in getattr(s, "records", ())] for s in (train, val)]
+    found = []
+    for part, own in zip(("training", "validation"), paths):
+        if many := sum(n > 1 for n in Counter(own).values()):
+            found.append(f"note: {many} {part} photos are listed more than once, each time with "
+                         "some of the objects: what one entry lacks it teaches to be absent")
+    if train is not val and (both := set(paths[0]) & set(paths[1])):
+        found.append(f"note: {len(both)} photos are in both parts, as {min(both)}: the validation "
+                     "is too good to be true")
+    return found
+
+
+def limits(args, train):
+    """Photos with more objects than queries can answer."""
+    records = getattr(train.source, "records", ())
+    most = max((len(r["labels"]["classes"]) for r in records if "labels" in r), default=0)
+    queries = getattr(args, "queries", None)
+    queries = min(queries) if isinstance(queries, list) else queries
+    if not queries or most <= queries or hasattr(train, "joints"):
+        return []
+    return [f"note: a training photo has {most} objects, --queries {queries} can find no more than "
+            f"{queries} in a photo"]
+
+
+def mirrors(args, train):
+    """Classes that a mirror would turn into others."""
+    words = {str(n).lower() for n in getattr(train, "classes", ())}
+    sided = [n for n in words if "left" in n and n.replace("left", "right") in words]
+    if not sided or getattr(args, "no_flip", True):
+        return []
+    return [f"note: {sided[0]} and {sided[0].replace('left', 'right')} are classes, but training "
+            "mirrors half of the photos; --no-flip leaves that out"]
