@@ -50,7 +50,7 @@ def read(path, flag):
 def inherit(glid, args, state):
     """What a fine-tuning starts from: --init-backbone, --init with --load, or nothing."""
     if args.init_backbone:
-        load_torchvision(glid, args.init_backbone, state)
+        load_backbone(glid, args.init_backbone, state)
     if args.init:
         load_parts(glid, args.init, PARTS if args.load is None else args.load.split(","), state)
 
@@ -78,26 +78,77 @@ def load_parts(glid, path, parts, state):
         state.say(f"{part}: from scratch")
 
 
-def load_torchvision(glid, spec, state):
-    """--init-backbone torchvision:FILE, a state dict of torchvision's SwinTransformer."""
-    kind, _, path = spec.partition(":")
-    if kind != "torchvision" or not Path(path).is_file():
-        raise InputError(f"--init-backbone {spec}: give torchvision:FILE with an existing file")
+def load_backbone(glid, path, state):
+    """--init-backbone FILE: a Swin's state dict as torchvision, timm or the official repositories
+    (Swin, SimMIM) write it, wrapped or not, of any precision and window."""
+    path = path.removeprefix("torchvision:")                # how the flag was once spelled
+    if not Path(path).is_file():
+        raise InputError(f"--init-backbone {path}: no such file")
     try:
-        found = swin_from_torchvision(torch.load(path, map_location="cpu", weights_only=True),
-                                      glid.config)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"--init-backbone {path}: holds more than tensors; load it once where you "
+                         "trust it, torch.load(FILE, weights_only=False), and save its "
+                         "['model'] alone") from None
     except BROKEN as error:
-        raise InputError(f"--init-backbone {spec}: not a state dict of torchvision's Swin "
+        raise InputError(f"--init-backbone {path}: not a readable file of weights "
                          f"({type(error).__name__})") from None
+    weights, kind = unwrapped(content)
+    if any(k.startswith("glid.") for k in weights):
+        raise InputError(f"--init-backbone {path}: a checkpoint of nanoGLID; use --init {path} "
+                         "--load backbone")
+    try:
+        found = swin_from_torchvision(weights, glid.config)
+    except BROKEN as error:
+        raise InputError(f"--init-backbone {path}: no Swin of torchvision, timm, or the official "
+                         f"repositories ({type(error).__name__})") from None
     own = glid.backbone.state_dict()
     missing = own.keys() - found.keys()
     wrong = [k for k in found if k not in own or own[k].shape != found[k].shape]
     # a classifier has no norms on its stages 1-3
     if wrong or missing != {f"norms.{i}.{w}" for i in range(3) for w in ("weight", "bias")}:
-        raise InputError(f"--init-backbone {spec}: not the Swin of this preset "
+        raise InputError(f"--init-backbone {path}: not the Swin of this preset "
                          f"(e.g. {(wrong + sorted(missing))[0]})")
     glid.backbone.load_state_dict(own | found)
-    state.say(f"backbone: loaded {len(found)} of {len(own)} tensors from torchvision")
+    table = next(v for k, v in weights.items() if k.endswith("relative_position_bias_table"))
+    window = (round(table.shape[0] ** 0.5) + 1) // 2
+    resized = f"; its window of {window} resized to {glid.config.window}"
+    state.say(f"backbone: loaded {len(found)} of {len(own)} tensors from {kind}'s Swin"
+              + resized * (window != glid.config.window))
+
+
+def unwrapped(content):
+    """A file of weights -> (state dict with torchvision's names, whose it is).
+
+    Undoes {"model": ...}, {"state_dict": ...} and the prefixes of wrappers; the official Swin and
+    timm call things alike, but timm merges at the beginning of a stage, the others at the end.
+    """
+    while isinstance(content, dict) and (inner := next(
+            (content[k] for k in ("model", "state_dict", "model_state_dict", "module")
+             if isinstance(content.get(k), dict)), None)):
+        content = inner
+    if not isinstance(content, dict):
+        return {}, "nobody"
+    weights = {}
+    for key, value in content.items():
+        if torch.is_tensor(value):
+            for prefix in ("module.", "_orig_mod.", "encoder.", "backbone."):
+                key = key.removeprefix(prefix)
+            weights[key] = value.float() if value.is_floating_point() else value
+    if not any(k.startswith("layers.") for k in weights):
+        return weights, "torchvision"
+    late, renamed = "layers.0.downsample.reduction.weight" in weights, {}
+    for key, value in weights.items():
+        words = key.replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.3").split(".")
+        if words[0] == "patch_embed":
+            renamed[f"features.0.{0 if words[1] == 'proj' else 2}.{words[-1]}"] = value
+        elif words[0] == "layers" and words[2] == "blocks" and words[-1] != "attn_mask":
+            renamed[".".join(["features", str(2 * int(words[1]) + 1), *words[3:]])] = value
+        elif words[0] == "layers" and words[2] == "downsample":
+            renamed[".".join(["features", str(2 * int(words[1]) + 2 * late), *words[3:]])] = value
+        elif words[0] == "norm":
+            renamed[key] = value
+    return renamed, "the official repository" if late else "timm"
 
 
 # may differ when a run is resumed; the last five change how it goes on, not what it is

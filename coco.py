@@ -291,10 +291,16 @@ def coco_instances(root, path, split, kind, keys, on_error, categories=None):
 
 
 def doubt_boxes(path, records):
-    """Say so if many boxes reach far out of their photo: they may be corners, not sides."""
+    """Say so if many boxes reach far out of their photo: they may be corners, not sides. Refuse
+    fractions of the photo: no box, no joint lies beyond its first pixel."""
     boxes = [r["labels"]["boxes"] for r in records]
     sizes = np.repeat(np.array([r["size"] for r in records]).reshape(-1, 2), [*map(len, boxes)], 0)
     boxes = np.concatenate([*boxes, np.zeros((0, 4))])
+    joints = [r["labels"].get("keypoints", np.zeros((0, 1, 3)))[..., :2].ravel() for r in records]
+    for what, values in (("boxes", boxes), ("joints", np.concatenate([*joints, np.zeros(0)]))):
+        if values.any() and np.abs(values).max() <= 1 and sizes.size and sizes.min() > 2:
+            raise InputError(f"{path}: its {what} are fractions of the photo; they must be in "
+                             "pixels: multiply x by the width, y by the height")
     beyond = int((boxes[:, [3, 2]] > 1.05 * sizes + 1).any(1).sum())
     if beyond > max(5, 0.05 * len(boxes)):
         note(f"note: {path}: {beyond} of {len(boxes)} boxes reach beyond their photo; a bbox is x, "

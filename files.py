@@ -229,6 +229,7 @@ class Source:
         self.records, self.read, self.joints = records, read, tuple(joints)
         self.classes, self.things, self.category_ids = tuple(classes), things, tuple(category_ids)
         self.kinect_frame = kinect_frame        # NYU's photos of 480 x 640 have a white border
+        self.habit = None
 
     def __len__(self):
         return len(self.records)
@@ -245,9 +246,10 @@ class Source:
     def __getitem__(self, index):
         record = self.records[index]
         # if a file says the size, it must be true before masks of it are drawn
-        image = read_photo(record["photo"], record["size"]) if "size" in record else None
+        size = record.get("size")
+        image = read_photo(record["photo"], size, self.upright) if size else None
         labels, size = self.read(record)
-        image = read_photo(record["photo"], size) if image is None else image
+        image = read_photo(record["photo"], size, self.upright) if image is None else image
         sample = {"image": tv_tensors.Image(image)}
         for key, value in labels.items():
             value = torch.from_numpy(value)
@@ -258,24 +260,47 @@ class Source:
             sample[key] = value
         return sample
 
+    def upright(self):
+        """Whether the labels are for photos as EXIF turns them. The photos tell that have another
+        shape when turned; a tool that ignores EXIF does so for mirrored and upside-down ones too.
+        True if none tells."""
+        if self.habit is None:
+            told = Counter()
+            for record in self.records[::-(-len(self.records) // 1000)]:
+                with contextlib.suppress(InputError), opened(record["photo"]) as image:
+                    width, height = image.size
+                    if orientation(image) > 4 and width != height:
+                        told[tuple(record.get("size") or self.read(record)[1]) == (width,
+                                                                                   height)] += 1
+            self.habit = told[True] >= told[False]
+            if told[True] and told[False]:
+                note(f"note: {told[True]} photos are labelled as EXIF turns them, {told[False]} as "
+                     "they are stored; those that do not tell are taken as "
+                     + ("turned" if self.habit else "stored"))
+        return self.habit
+
     def subset(self, indexes):
         records = [self.records[i] for i in indexes]
         return Source(records, self.read, self.classes, self.things, self.category_ids,
                       self.kinect_frame, self.joints)
 
 
-def read_photo(path, size):
-    """A photo whose labels are made for (H, W): upright if that fits, else as stored."""
-    image = read_image(path)
-    if tuple(image.shape[1:]) != tuple(size):
-        found, image = list(image.shape[1:]), read_image(path, upright=False)
-        if tuple(image.shape[1:]) != tuple(size):
+def read_photo(path, size, habit=lambda: True):
+    """A photo whose labels are made for (H, W): upright or as stored, whichever fits, and where
+    both do as habit() says: whether the labels of this data set are for upright photos."""
+    with opened(path) as image:
+        number, stored = orientation(image), image.size[::-1]
+        shown = stored[::-1] if number > 4 else stored
+        upright = habit() if number > 1 and stored == shown else shown == tuple(size)
+        found = list(shown)
+        if tuple(size) not in (stored, shown):
             raise InputError(f"{path}: the photo has {found[0]} x {found[1]} pixels, its annotation"
                              f" is for {size[0]} x {size[1]}")
+        photo = to_tensor(turned(image, number) if upright else image, path)
     if max(size) > LONGEST * min(size):
         raise InputError(f"{path}: {size[0]} x {size[1]} pixels, a side more than {LONGEST} times "
                          "the other; crop or remove it")
-    return image
+    return photo
 
 
 def limit_classes(path, names):

@@ -297,7 +297,8 @@ def read_metres(scale, record):
 
 def open_lists(root, on_error, scale):
     """BTS's layout: each line of a list names photo, depth map and (not used) focal length."""
-    lists = [sorted(root.glob(f"*{s}_files_with_gt.txt")) for s in ("train", "test")]
+    lists = [sorted(p for p in root.glob(f"*{s}_files_with_gt.txt") if p.name[0] != ".")
+             for s in ("train", "test")]
     if not lists[0]:
         return None
     sources = []

@@ -3,12 +3,13 @@ What a data set will teach, told before anything is trained: a class that covers
 that a rule leaves out, a photo in both parts. What is certainly wrong is refused where it is read;
 what may be meant so is shown here, to somebody who knows what is in the files.
 """
+import contextlib
 import sys
 from collections import Counter
 
 import numpy as np
 
-from files import IGNORE, InputError, shows
+from files import IGNORE, InputError, opened, shows
 
 LOOKED_AT = 200                         # label maps of a part whose pixels are counted
 
@@ -24,15 +25,18 @@ def survey(args, train, val, state):
 
 def lines(args, train, val):
     """What survey prints; train, val: data sets of data.py."""
-    found = names(train)
+    found = [f"{len(train.source)} training and {len(val.source)} validation photos", *names(train)]
     for part, dataset in (("training", train), ("validation", val)):
         source = dataset.source
         records = getattr(source, "records", None)          # ToyWorld and bare photos have none
         if records and "labels" in records[0]:
             found += objects(part, source, train)
+        elif records and "segments" in records[0]:
+            found += segments(part, source)
         elif records and hasattr(source, "classes") and args_want(args, "semantic"):
             found += pixels(part, source, args)
-    return found + twice(train.source, val.source) + limits(args, train) + mirrors(args, train)
+    found += depths(train.source) + twice(train.source, val.source)
+    return found + limits(args, train) + mirrors(args, train)
 
 
 def args_want(args, task):
@@ -79,9 +83,10 @@ def objects(part, source, train):
     share = [f"{name} {n / max(1, kept.sum()):.1%}" for name, n in zip(kinds, counts) if n]
     missing = [name for name, n in zip(kinds, counts) if not n]
     shown = sum(map(shows, every))
+    gone = [f"{n.sum()} {what}" for what, n in left.items() if n.any()]
     found = [f"{part}: {kept.sum()} objects in {shown} of {len(every)} photos: {some(share, 12)}"
              + f"; none of {some(missing, 8)}" * bool(missing)
-             + "".join(f"; left out: {n.sum()} {what}" for what, n in left.items() if n.any())]
+             + "; left out: " * bool(gone) + ", ".join(gone)]
     if crowd.mean() > 0.1:
         found.append(f"note: {crowd.mean():.0%} of the {part} objects are crowds, which teach "
                      "nothing and are graded nothing; some tools write iscrowd 1 for whatever is "
@@ -90,6 +95,17 @@ def objects(part, source, train):
         found.append(f"note: {outside.sum()} {part} boxes lie wholly outside their photo: are they "
                      "in pixels, as x, y, width, height?")
     return found
+
+
+def segments(part, source):
+    """Of panoptic maps: how many segments of what."""
+    every = np.concatenate([r["segments"] for r in source.records])         # id, class, iscrowd
+    crowd = every[:, 2] > 0
+    counts = np.bincount(every[~crowd, 1], minlength=len(source.classes))
+    share = [f"{name} {n / max(1, counts.sum()):.1%}" for name, n in zip(source.classes, counts)
+             if n]
+    return [f"{part}: {counts.sum()} segments: {some(share, 12)}"
+            + f"; left out: {crowd.sum()} crowds" * bool(crowd.any())]
 
 
 def pixels(part, source, args):
@@ -108,6 +124,21 @@ def pixels(part, source, args):
     missing = [name for name, n in zip(source.classes, count) if not n]
     return [f"{part}: pixels of {seen} of {len(source)} label maps: {some(share, 12)}; no class "
             f"{count[IGNORE] / total:.1%}" + f"; none of {some(missing, 8)}" * bool(missing)]
+
+
+def depths(source):
+    """Whether photos of 16 bits use them, or 10 to 14 of them, as many cameras do: those would be
+    read as nearly black. Looks at a few photos."""
+    paths = getattr(source, "files", None) or [r["photo"] for r in getattr(source, "records", ())]
+    largest = []
+    for path in paths[::-(-len(paths) // 20)] if paths else ():
+        with contextlib.suppress(InputError), opened(path) as image:
+            if image.mode.startswith("I"):
+                largest.append(int(np.asarray(image).max()))
+    if not largest or not 255 < max(largest) < 2 ** 14:
+        return []
+    return [f"note: photos of 16 bits whose largest value is {max(largest)} are read as nearly "
+            f"black; multiply them by {2 ** 16 // 2 ** max(largest).bit_length()}"]
 
 
 def twice(train, val):

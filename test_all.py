@@ -3493,6 +3493,242 @@ def test_own_joints():
             data.open_pose(at / "id", (32, 16))
 
 
+def own_coco(at, objects, names=None, categories=None, kind="instances", **files):
+    """A folder of photos of 48 x 64 px and one JSON. objects: dicts, of which image is the photo's
+    number; names: what the JSON calls the photos; files: path -> photo number, if other than
+    images/0.jpg, ..."""
+    names = names or [f"{i}.jpg" for i in range(1 + max(o["image"] for o in objects))]
+    places = files or {f"images/{i}.jpg": i for i in range(len(names))}
+    for place in places:
+        write_photo(at / place, (64, 48))
+    usual = dict(category_id=1, bbox=[8, 8, 20, 16], area=320, iscrowd=0,
+                 segmentation=[[8, 8, 28, 8, 28, 24, 8, 24]])
+    notes = [usual | dict(id=i, image_id=o["image"]) | {k: v for k, v in o.items() if k != "image"}
+             for i, o in enumerate(objects)]
+    content = dict(images=[dict(id=i, file_name=n, height=48, width=64)
+                           for i, n in enumerate(names)], annotations=notes,
+                   categories=categories or [dict(id=1, name="cat")])
+    (at / "annotations").mkdir(exist_ok=True)
+    (at / "annotations" / f"{kind}.json").write_text(json.dumps(content), encoding="utf-8")
+    return at
+
+
+def told(script, at, *flags):
+    """What a script says of a data set with --check, or the one line with which it refuses it."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            args = args_for(script, "--data", at, "--out", at / "out", "--check", *flags)
+            training.run(script.main, args)
+        except SystemExit as end:
+            assert end.code in (None, 0, 2), end.code
+            assert end.code != 2 or err.getvalue().count("error: ") == 1, err.getvalue()
+    assert not (at / "out").exists() and "Traceback" not in err.getvalue()
+    return out.getvalue() + err.getvalue()
+
+
+def test_coco_as_other_tools_write_it():
+    """Read as meant: how tools write names, ids, numbers, polygons, nulls, parts."""
+    plain = [dict(image=i) for i in range(3)]
+    twice = [dict(o, id=0) for o in plain]
+    photo = {"images/my photo a.jpg": 0, "images/b.jpg": 1, "images/sub/Ü.JPG": 2}
+    quoted = ["/data/local-files/?d=set/my%20photo%20a.jpg", "..\\label\\b.jpg", "U\u0308.jpg"]
+    cases = {
+        "names": (plain, dict(names=quoted, **photo)), "ids": (twice, {}),
+        "texts": ([dict(o, image_id=str(o["image"]), category_id="1", bbox=["8", 8.0, "20", 16])
+                   for o in plain], {}),
+        "floats": ([dict(o, image_id=float(o["image"]), iscrowd=0.0) for o in plain], {}),
+        "nulls": ([dict(o, area=None, iscrowd=None) for o in plain], {}),
+        "flat polygon": ([dict(o, segmentation=[8, 8, 28, 8, 28, 24, 8, 24]) for o in plain], {})}
+    for name, (objects, more) in cases.items():
+        with folder() as at, quiet():
+            parts = formats.open_folder(own_coco(at, objects, **more), ["masks"])
+            found = [s[i] for s in parts for i in range(len(s))]
+            assert len(found) == 3, name
+            for sample in found:
+                assert sample["boxes"].tolist() == [[8, 8, 28, 24]] and sample["area"] == 320, name
+                assert masks_in(sample).sum() == 320, name
+    with folder() as at, quiet():           # parts by the words of a name; what a Mac leaves behind
+        own_coco(at, plain)
+        text = (at / "annotations/instances.json").read_text()
+        for word, found in (("annotations_validated", (2, 1)), ("instances_train", (3, 3))):
+            [p.unlink() for p in (at / "annotations").iterdir()]
+            (at / f"annotations/{word}.json").write_text(text)
+            (at / f"annotations/._{word}.json").write_text("\0")
+            if word == "instances_train":
+                (at / "annotations/instances_test.json").write_text(text)
+            assert tuple(map(len, formats.open_folder(at, ["boxes"]))) == found, word
+    with folder() as at, quiet():           # what is held out shows something
+        parts = formats.open_folder(own_coco(at, [dict(image=i) for i in (7, 9)]), ["boxes"])
+        assert [len(p) for p in parts] == [9, 1] and parts[1].ids == [7]
+
+
+def test_joints_of_other_animals():
+    """Several kinds with the same joints, objects without joints or without a box, names of sides
+    of all kinds, or none: read, or refused with the flags that say what a mirror does."""
+    five = [6, 6, 2, 30, 6, 2, 18, 20, 2, 12, 34, 2, 24, 34, 2]
+    joints = ["earL", "earR", "nose", "LF_paw", "RF_paw"]
+    kinds = [dict(id=i, name=n, keypoints=joints) for i, n in ((4, "dog"), (9, "fox"))]
+    objects = [dict(image=i, category_id=(4, 9)[i % 2], keypoints=five) for i in range(4)]
+    objects[1] = dict(image=1, category_id=9)                           # no joints: not labelled
+    objects[2] |= dict(bbox=[0, 0, 0, 0], area=0)                       # only joints were clicked
+    with folder() as at, quiet():
+        own_coco(at, objects, categories=kinds, kind="person_keypoints")
+        train, val = data.open_pose(at, (48, 32))
+        assert train.flip == [1, 0, 2, 4, 3] and val.source.category_ids == (4, 9)
+        assert [len(t["boxes"]) for t in train.truths] == [1, 1, 1] and len(train.people) == 2
+        clicked = train.truths[1]
+        assert clicked["boxes"].tolist() == [[6, 6, 31, 35]] and clicked["area"] == 25 * 29
+        assert train[0, 1]["labelled"].all()
+        assert data.open_pose(at, (48, 32), pairs="earL-nose,4-5")[0].flip == [2, 1, 0, 4, 3]
+        for wrong in ("earL", "earL-tail", "earL-earL", "1-9"):
+            with raises(InputError, "--flip-pairs", wrong):
+                data.open_pose(at, (48, 32), pairs=wrong)
+        views = data.open_pose(at, (48, 32), augment=(0, 0.0), flip=False)[0]
+        x = torch.stack([views[e, 0]["joints"][:, 0] for e in range(12)])
+        assert (x[:, 0] < x[:, 1]).all()                                # never mirrored
+    names = "leftHip rightHip L_eye R_eye LEye2 REye2 paw_front_left paw_front_right lshoulder " \
+            "rshoulder lip rip tail LH RH elbow_L elbow_R lefty".split()
+    order = pose.flip_order(names)
+    pairs = {(names[i], names[j]) for i, j in enumerate(order) if i < j}
+    assert pairs == {tuple(names[i:i + 2]) for i in (0, 2, 4, 6, 8, 10, 13, 15)}, pairs
+    assert pose.flip_order(toyworld.KEYPOINTS) == [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13,
+                                                   16, 15]
+    numbered = [dict(id=1, name="fox", keypoints=["1", "2", "3"])]
+    with folder() as at:
+        own_coco(at, [dict(image=i, keypoints=five[:9]) for i in range(30)], categories=numbered,
+                 kind="person_keypoints")
+        assert "--flip-pairs" in told(finetune_pose, at) and "--no-flip" in told(finetune_pose, at)
+        for flags in (["--flip-pairs", "1-2"], ["--no-flip"]):
+            assert "3 joints" in told(finetune_pose, at, *flags)
+        assert "1 - 2" in told(finetune_pose, at, "--flip-pairs", "1-2")
+
+
+def test_what_is_told_before_training():
+    """--check writes nothing and says what would have been silent: who is left out, and why."""
+    every = [dict(image=i) for i in range(8)]
+    crowd = dict(iscrowd=1, segmentation=dict(counts=[0, 320, 2752], size=[48, 64]))
+    arrows = [dict(id=1, name="arrow_left"), dict(id=2, name="arrow_right")]
+    for objects, more, flags, words in (
+            (every, {}, [], ("7 training and 1 validation", "7 objects in 7 of 7", "cat 100.0%")),
+            (every[:2] + [o | crowd for o in every], {}, [], ("crowds (iscrowd 1)", "88%")),
+            ([o | crowd for o in every], {}, [], ("error", "iscrowd 1", "set it to 0")),
+            (every + [dict(image=5, bbox=[800, 800, 9, 9])], {}, [], ("1 outside their photo",)),
+            (every + [dict(image=5)] * 30, {}, [], ("31 objects", "--queries 12")),
+            (every, dict(names=[f"{i % 4}.jpg" for i in range(8)]), [],
+             ("3 training photos are listed more than once", "1 photos are in both parts")),
+            (every, dict(categories=arrows), [], ("arrow_left and arrow_right", "--no-flip")),
+            ([o | dict(bbox=[.1, .1, .5, .5]) for o in every], {}, [], ("error", "fractions"))):
+        with folder() as at:
+            said = told(finetune_det, own_coco(at, objects, **more), *flags)
+            assert all(w in said for w in words), (words, said)
+    with folder() as at:
+        own_coco(at, every, categories=arrows)
+        assert "mirrors half" not in told(finetune_det, at, "--no-flip")
+        train = data.open_detection(at, 48, flip=False)[0]
+        assert all(train[e, 0]["boxes"][0, 0] < 0.5 for e in range(3))
+    with folder() as at:                                        # a roll of films of a telephone
+        for i in range(4):
+            write_photo(at / f"{i}.JPG")
+        for name in ("a.heic", "b.HEIC", "c.avif", "._d.jpg", "e.txt"):
+            (at / name).write_bytes(b"")
+        write_photo(at / "x.jpg")
+        (at / "x.jpg").rename(at / "f.jfif")
+        said = told(pretrain, at)
+        assert "4 training and 1 validation" in said and "2 .heic, 1 .avif are passed over" in said
+        Image.fromarray(np.full((40, 30), 4000, np.uint16)).save(at / "deep.png")
+        assert "largest value is 4000" in told(pretrain, at) and "by 16" in told(pretrain, at)
+
+
+def write_maps(at, parts, ids="labels", photos="images"):
+    """Photos and label maps of 48 x 64 px; parts: name -> (value of the ground, of a block)."""
+    for part, (ground, block) in parts.items():
+        for n in range(3):
+            write_photo(at / photos / part / f"{n}.png", (64, 48))
+            values = np.full((48, 64), ground, np.uint8)
+            values[10:30, 20:50] = block
+            write_png(at / ids / part / f"{n}.png", values)
+    return at
+
+
+def test_label_maps_of_other_people():
+    """Binary masks of all kinds are two classes, or refused with the remedy that works."""
+    both = lambda *values: dict(train=values, val=values)
+    two = ("2 classes", "80.5%", "19.5%", "no class 0.0%")
+    mmseg = dict(training=(0, 1), validation=(0, 1))
+    for parts, names, flags, words, where in (
+            (both(0, 255), None, [], two, "labels"), (both(0, 1), None, [], two, "labels"),
+            (both(0, 255), "background\npolyp", [], ("polyp 19.5%", "no class 0.0%"), "labels"),
+            (both(0, 255), "polyp", [], ("error", "one class", '"background" the first'), "labels"),
+            (both(0, 1), "polyp", [], ("error", "one class", '"background" the first'), "labels"),
+            (both(0, 1), "background\npolyp", [], ("polyp 19.5%",), "labels"),
+            (both(0, 2), "car\nperson", [], ("error", "--first-label 1", '"background"'), "labels"),
+            (both(0, 2), "car\nperson", ["--first-label", 1],
+             ("none of car", "person 19.5%", "no class 80.5%"), "labels"),
+            (mmseg, None, [], two, "annotations"),
+            (dict(train=(0, 255), val=(0, 1)), None, [], ("error", "0 and 255", "the same"),
+             "labels"), ({"street": (0, 1)}, None, [], ("2 training and 1 val",), "masks")):
+        with folder() as at:
+            write_maps(at, parts, where)
+            if names:
+                (at / "classes.txt").write_text(names, encoding="utf-8")
+            said = told(finetune_seg, at, *flags)
+            assert all(w in said for w in words), (parts, names, words, said)
+    with folder() as at:                                        # resized with interpolation
+        write_maps(at, both(0, 255))
+        y, x = np.mgrid[:96, :128]
+        disc = Image.fromarray(np.where((y - 48) ** 2 + (x - 64) ** 2 < 900, 255, 0).astype(
+            np.uint8).repeat(4, 0).repeat(4, 1))
+        for part in ("train", "val"):
+            for n in range(3):
+                small = disc.rotate(7 * n).resize((64, 48), Image.BICUBIC)
+                small.save(at / f"labels/{part}/{n}.png")
+        assert "interpolation" in told(finetune_seg, at)
+    with folder() as at:
+        write_maps(at, both(0, 1), "masks")
+        for path in list(at.glob("masks/*/*.png")):
+            path.rename(path.with_suffix(".jpg"))
+        assert "JPEG changes the values" in told(finetune_seg, at)
+
+
+def test_depth_beyond_the_limit_teaches_nothing():
+    """As it is graded nothing; nor does the largest value of 16 bits."""
+    truth = torch.full((16, 16), 2.0)
+    truth[:, 8:] = 12.0
+    depth = torch.full((1, 8, 8), 3.0, requires_grad=True)
+    beyond = finetune_depth.depth_loss(depth, [{"depth": truth}], 2, 1e-3, 10.0)
+    truth[:, 8:] = 0
+    assert beyond == finetune_depth.depth_loss(depth, [{"depth": truth}], 2)
+    with folder() as at:
+        write_png(at / "d.png", np.array([[1000, 65535], [0, 65534]], np.uint16))
+        metres = torch.from_numpy(files.read_depth(at / "d.png", 1000))
+        assert_close(metres, torch.tensor([[1, 0], [0, 65.534]]), 1e-6)
+
+
+def test_orientations_that_cannot_be_seen():
+    """Photos upside down have the size of their labels either way: those that lie on the side tell
+    whether the tool that made the labels turned them."""
+    for turned in (True, False):
+        with folder() as at:
+            for n, number in enumerate((6, 3, 3, 1)):
+                pixels = np.zeros((48, 64, 3), np.uint8)
+                pixels[:10, :20] = 255                          # the bright corner is labelled
+                exif = Image.Exif()
+                exif[0x0112] = number
+                photo = Image.fromarray(pixels)
+                for part in ("train", "val"):
+                    (at / f"images/{part}").mkdir(parents=True, exist_ok=True)
+                    photo.save(at / f"images/{part}/{n}.png", exif=exif)
+                    seen = ImageOps.exif_transpose(Image.open(at / f"images/{part}/{n}.png"))
+                    shown = np.array(seen if turned else photo)
+                    write_png(at / f"labels/{part}/{n}.png", (shown[..., 0] > 99).astype(np.uint8))
+            with quiet():
+                source = formats.open_folder(at, ["semantic"])[0]
+            for i in range(4):
+                bright = source[i]["image"][0] > 99
+                assert torch.equal(bright, source[i]["semantic"].bool()), (turned, i)
+
+
 def test_layouts_of_labelling_tools():
     """train/_annotations.coco.json beside its photos (Roboflow, its test part is not validation),
     one file for all, names with folders that are not there or as Windows writes them."""
@@ -3666,11 +3902,60 @@ def test_pretrained_parts_load_bit_equal():
         theirs = torchvision.models.swin_t()
         torch.save(theirs.state_dict(), at / "swin_t.pth")
         twin = GLID(Config(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), dim=64))
-        checkpoints.load_torchvision(twin, f"torchvision:{at}/swin_t.pth", state)
+        checkpoints.load_backbone(twin, f"torchvision:{at}/swin_t.pth", state)
         assert torch.equal(twin.backbone.merges[0].reduction.weight,
                            theirs.features[2].reduction.weight)
         with raises(InputError, "--init-backbone"):
-            checkpoints.load_torchvision(task.glid, f"torchvision:{at}/swin_t.pth", state)
+            checkpoints.load_backbone(task.glid, f"{at}/swin_t.pth", state)
+
+
+def official_names(weights, merges_late=True):
+    """torchvision's Swin state dict in the official repository's names, or in timm's."""
+    out = {}
+    for key, value in weights.items():
+        words = key.replace("mlp.0", "mlp.fc1").replace("mlp.3", "mlp.fc2").split(".")
+        if words[0] == "features" and words[1] == "0":
+            key = f"patch_embed.{'proj' if words[2] == '0' else 'norm'}.{words[3]}"
+        elif words[0] == "features" and int(words[1]) % 2:
+            key = ".".join([f"layers.{int(words[1]) // 2}.blocks", *words[2:]])
+        elif words[0] == "features":
+            stage = int(words[1]) // 2 - merges_late
+            key = ".".join([f"layers.{stage}.downsample", *words[2:]])
+        out[key] = value
+    return out
+
+
+def test_backbones_of_others():
+    """The same weights by all names, wrapped and in half precision, become the same backbone; what
+    is no Swin, or ours, is named with the way out."""
+    theirs = noisy(torchvision.models.swin_t()).state_dict()
+    config = Config(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), dim=64)
+    official = official_names(theirs) | {"layers.0.blocks.1.attn_mask": torch.zeros(1, 49, 49),
+                                         "head.weight": torch.zeros(10, 768)}
+    simmim = {f"encoder.{k}": v for k, v in official.items()} | {
+        "encoder.mask_token": torch.zeros(1, 1, 96), "decoder.0.weight": torch.zeros(9, 768, 1, 1)}
+    cases = {"torchvision": theirs, "official": {"model": official}, "timm": official_names(
+        theirs, merges_late=False), "wrapped": {"state_dict": {f"module._orig_mod.{k}": v for k, v
+        in theirs.items()}}, "simmim": {"model": simmim, "epoch": 3}, "half": {
+        "model": {k: v.half() if v.is_floating_point() else v for k, v in official.items()}}}
+    with folder() as at:
+        for name, content in cases.items():
+            torch.save(content, at / f"{name}.pth")
+            net = GLID(config)
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                state = training.Run(torch.device("cpu"))
+                checkpoints.load_backbone(net, f"{at}/{name}.pth", state)
+            expected = M.swin_from_torchvision(theirs, config)
+            for k, v in expected.items():
+                assert_close(net.backbone.state_dict()[k], v, 1e-3 if name == "half" else 1e-9, k)
+            assert "window of 7 resized to 6" in said.getvalue()
+        torch.save({"model": Pretrainer(TINY).state_dict(), "config": {}}, at / "ours.pt")
+        torch.save({"a": torch.zeros(3)}, at / "other.pth")
+        torch.save({"model": theirs, "config": argparse.Namespace()}, at / "config.pth")
+        for name, words in (("ours.pt", "--load backbone"), ("other.pth", "no Swin"),
+                            ("config.pth", "weights_only=False"), ("none.pth", "no such file")):
+            with raises(InputError, "--init-backbone", name, words):
+                checkpoints.load_backbone(GLID(config), str(at / name), None)
 
 
 def test_checkpoint_survives_a_failed_write():

@@ -99,7 +99,8 @@ def add_finetune_flags(parser):
     add = parser.add_argument
     add("--init", help="pre-trained checkpoint; without it the run starts from scratch")
     add("--load", help="parts taken from --init: backbone,bifpn,decoder (default: all)")
-    add("--init-backbone", help="torchvision:FILE, supervised Swin weights")
+    add("--init-backbone", help="FILE of Swin weights: torchvision's, timm's, the official ones, "
+        "SimMIM's")
     add("--overfit", action="store_true", help="train and validate on the same images, not "
         "augmented: whoever changes the code should still reach a near-perfect metric")
     add("--data-fraction", type=SHARE, default=1.0, help="share of the training set (Table 8)")
