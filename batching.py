@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -167,7 +168,8 @@ class Packed:
 
     def to(self, device="cpu"):
         """The batch, each of its tensors a view of one buffer on the device."""
-        buffer = self.buffer.to(device, non_blocking=True)
+        # only from pinned memory may a copy go on by itself: the buffer is gone when we return
+        buffer = self.buffer.to(device, non_blocking=self.buffer.is_pinned())
         tensors = [buffer[first:end].view(dtype).view(shape)
                    for first, end, dtype, shape in self.parts]
         return Unpacker(io.BytesIO(self.rest), tensors).load()
@@ -226,7 +228,7 @@ class Skipping:
 
     def __getitem__(self, at):
         epoch, index = at
-        for i in [*range(index, len(self)), *range(index)]:
+        for i in chain(range(index, len(self)), range(index)):
             try:
                 # the sum of the two is kept, which chooses the sample's task (data.Segmentation)
                 return self.dataset[epoch + index - i, i]

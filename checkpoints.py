@@ -86,7 +86,10 @@ def load_backbone(glid, path, state):
         raise InputError(f"--init-backbone {path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except pickle.UnpicklingError as error:
+        if "invalid load key" in str(error):
+            raise InputError(f"--init-backbone {path}: no file of torch.save (a web page, or a "
+                             "pointer to the real file?)") from None
         raise InputError(f"--init-backbone {path}: holds more than tensors; load it once where you "
                          "trust it, torch.load(FILE, weights_only=False), and save its "
                          "['model'] alone") from None

@@ -739,7 +739,8 @@ class Pose:
                                for t in self.truths]
         self.counts = [len(b) for b, _ in self.boxes]                       # persons of a photo
         self.people = [(i, k) for i, t in enumerate(self.truths) for k in range(len(t["boxes"]))
-                       if not t["iscrowd"][k] and (t["keypoints"][k, :, 2] > 0).any()]
+                       if not t["iscrowd"][k] and (t["keypoints"][k, :, 2] > 0).any()
+                       and (t["boxes"][k, 2:] > t["boxes"][k, :2]).all()]
 
     def __len__(self):
         return len(self.people if self.train else self.source)

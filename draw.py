@@ -1,6 +1,8 @@
 """
 Pictures of what went in, what was true and what came out, as uint8 tensors [3, H, W] and PNGs.
 """
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ def save_picture(rows, path, room=480):
     canvas = torch.cat([F.pad(r, (0, width - r.shape[2])) for r in rows], 1)
     picture = Image.fromarray(canvas.permute(1, 2, 0).numpy())
     zoom = max(1, room // picture.width)
+    Path(path).parent.mkdir(exist_ok=True)
     picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST).save(path)
 
 

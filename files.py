@@ -2,6 +2,7 @@
 One file -> one array. Whatever is wrong with a file ends in an InputError that names it.
 """
 import contextlib
+import copy
 import json
 import os
 import struct
@@ -17,10 +18,11 @@ from torchvision import tv_tensors
 IGNORE = 255                                    # label of pixels that belong to no class
 LONGEST = 50                                    # times the shorter side; no photo is as thin
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+LABELS = ("annotations", "labels", "masks", "label", "mask", "ann_dir")     # folders of label maps
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm",
-            ".gif"}
-OTHERS = {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jxl", ".tga", ".psd", ".svg", ".dng", ".cr2",
-          ".cr3", ".nef", ".arw", ".raw", ".exr", ".hdr", ".dcm"}     # images that are not read
+            ".pgm", ".pnm", ".pbm", ".gif"}
+OTHERS = set(".heic .heif .avif .jp2 .j2k .jpx .jxl .mpo .tga .psd .svg .dng .cr2 .cr3 .nef .arw "
+             ".orf .rw2 .raf .raw .exr .hdr .dcm .mov .mp4 .avi".split())   # that are not read
 ImageFile.LOAD_TRUNCATED_IMAGES = False         # half a photo is an error, not a grey half
 
 
@@ -229,7 +231,7 @@ class Source:
         self.records, self.read, self.joints = records, read, tuple(joints)
         self.classes, self.things, self.category_ids = tuple(classes), things, tuple(category_ids)
         self.kinect_frame = kinect_frame        # NYU's photos of 480 x 640 have a white border
-        self.habit = None
+        self.habit = {"records": records, "upright": None}      # shared by parts of a data set
 
     def __len__(self):
         return len(self.records)
@@ -264,25 +266,25 @@ class Source:
         """Whether the labels are for photos as EXIF turns them. The photos tell that have another
         shape when turned; a tool that ignores EXIF does so for mirrored and upside-down ones too.
         True if none tells."""
-        if self.habit is None:
-            told = Counter()
-            for record in self.records[::-(-len(self.records) // 1000)]:
+        if self.habit["upright"] is None:
+            told, records = Counter(), self.habit["records"]
+            for record in records[::-(-len(records) // 1000)]:
                 with contextlib.suppress(InputError), opened(record["photo"]) as image:
                     width, height = image.size
                     if orientation(image) > 4 and width != height:
                         told[tuple(record.get("size") or self.read(record)[1]) == (width,
                                                                                    height)] += 1
-            self.habit = told[True] >= told[False]
+            self.habit["upright"] = told[True] >= told[False]
             if told[True] and told[False]:
                 note(f"note: {told[True]} photos are labelled as EXIF turns them, {told[False]} as "
                      "they are stored; those that do not tell are taken as "
-                     + ("turned" if self.habit else "stored"))
-        return self.habit
+                     + ("turned" if self.habit["upright"] else "stored"))
+        return self.habit["upright"]
 
     def subset(self, indexes):
-        records = [self.records[i] for i in indexes]
-        return Source(records, self.read, self.classes, self.things, self.category_ids,
-                      self.kinect_frame, self.joints)
+        part = copy.copy(self)
+        part.records = [self.records[i] for i in indexes]
+        return part
 
 
 def read_photo(path, size, habit=lambda: True):
@@ -314,15 +316,25 @@ def hold_out(root, source):
     that show an object where that is known without reading them."""
     if len(source) < 2:
         raise InputError(f"--data {root}: one photo; training and validation need two")
-    full = [i for i, r in enumerate(source.records) if shows(r.get("labels"))]
+    full = [i for i, r in enumerate(source.records) if shows(r)]
+    if len(full) == 1 < len(source):
+        raise InputError(f"--data {root}: only one photo shows an object; training and validation "
+                         "need one each")
     val = (full or list(range(len(source))))[::20]
     return [source.subset([i for i in range(len(source)) if i not in set(val)]), source.subset(val)]
 
 
-def shows(labels):
-    """Whether a photo shows an object that can be learned, and graded: no crowd, with a labelled
-    joint if there are joints. True where nobody knows yet."""
-    if labels is None:
+def shows(record):
+    """Whether a photo shows an object that can be learned, and graded: no crowd, with some of its
+    box inside the photo, and with a labelled joint if there are joints. True where that is not
+    known before a file is read."""
+    if "segments" in record:
+        return bool((record["segments"][:, 2] == 0).any())
+    if "labels" not in record:
         return True
-    joints = labels.get("keypoints", np.ones((1, 1, 3)))[..., 2]
-    return bool((~labels["iscrowd"]).any() and joints.any())
+    labels, size = record["labels"], record["size"][::-1]
+    boxes = labels["boxes"]
+    good = ~labels["iscrowd"] & (boxes[:, 2:].clip(0, size) > boxes[:, :2].clip(0, size)).all(1)
+    if "keypoints" in labels:
+        good &= (labels["keypoints"][..., 2] > 0).any(1)
+    return bool(good.any())

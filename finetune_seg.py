@@ -160,7 +160,8 @@ def evaluate(model, dataset, args, state, path=None):
         images, layout, truths = batch.to("cpu")
         found = predict(model, images, layout, [t["original"] for t in truths], args,
                         dataset.things, state)
-        for truth, answers in zip(truths, found):
+        for truth in truths:
+            answers = next(found)               # zip would keep the previous photo's
             for task in args.tasks:
                 grade(task, metrics[task], answers[task], truth, dataset.things)
             if len(rows) < 8:
@@ -219,10 +220,12 @@ def slices(tasks, targets):
 
 def objects_per_image(tasks, targets, state):
     """Mean number of objects in a task's images of the whole step, over its micro-steps and all
-    processes, a list. All divide by the same number, so that gradients average to the true mean."""
+    processes, a list; at least one object a process. All divide by the same number, so that
+    gradients average to the true mean."""
     counts = [[len(t["labels"]) for t in targets if t["task"] == task] for task in tasks]
     sums = state.sum(*map(sum, counts), *map(len, counts))
-    return [objects / max(1, images) for objects, images in zip(sums, sums[len(counts):])]
+    return [max(objects, state.world) / max(1, images)
+            for objects, images in zip(sums, sums[len(counts):])]
 
 
 def batch_loss(answers, asked, targets, density, canvas, points):
@@ -231,7 +234,7 @@ def batch_loss(answers, asked, targets, density, canvas, points):
     total = 0
     for (classes, masks), mine, objects in zip(answers.values(), asked.values(), density):
         own = targets[mine]
-        loss = segmentation_loss(classes, masks, own, canvas, max(1, objects * len(own)), points)
+        loss = segmentation_loss(classes, masks, own, canvas, objects * len(own), points)
         total = total + len(own) / len(targets) * loss["loss"]
     return total
 

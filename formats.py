@@ -23,7 +23,9 @@ from tqdm import tqdm
 from coco import coco_instances, coco_panoptic, open_coco, panoptic_labels, require
 from files import (
     IGNORE,
+    LABELS,
     SPLITS,
+    SUFFIXES,
     InputError,
     Source,
     hold_out,
@@ -38,7 +40,6 @@ from files import (
 )
 
 PHOTOS = ("images", "image", "img", "rgb", "photos", "img_dir")
-LABELS = ("annotations", "labels", "masks", "label", "mask", "ann_dir")
 DEPTHS = ("depth", "depths")
 BINARY = (0, IGNORE)                    # values of the two classes where no others occur
 EXPECTED = {
@@ -83,8 +84,9 @@ def find_pairs(root, photo_words, label_words, on_error):
             if "test" not in place.relative_to(root).parts:         # a test part has no labels
                 refuse(f"{place}: nothing belongs to it; expected {' or '.join(words)} for it",
                        on_error)
-        if not photos or not labels or (split is None and (found or not any(
-                p.suffix.lower() == ".png" for p in labels.rglob("*")))):
+        if not photos or not labels or (split is None and (
+                found or any(labels.glob("*.json")) or not any(
+                    p.suffix.lower() in SUFFIXES for p in labels.rglob("*")))):
             continue
         maps = {p.relative_to(labels).with_suffix(""): p for p in list_images(labels, {".png"})}
         records, stems = [], set()
@@ -124,9 +126,8 @@ def class_names(root):
     return None
 
 
-def count_values(root, records, on_error, within=None):
-    """How many pixels of the label maps have each value, int64 [65536]; within: stop as soon as a
-    value is not among these."""
+def count_values(root, records, on_error):
+    """How many pixels of the label maps have each value, int64 [65536]."""
     count = np.zeros(2 ** 16, np.int64)
     for record in tqdm(records, desc=f"looking for the classes of {root} (classes.txt saves this)",
                        leave=False, disable=None):
@@ -134,8 +135,6 @@ def count_values(root, records, on_error, within=None):
             if on_error == "skip":                          # it is reported when it is read
                 stack.enter_context(contextlib.suppress(InputError))
             count += np.bincount(read_labels(record["label"]).ravel(), minlength=2 ** 16)
-        if within and not set(np.flatnonzero(count).tolist()) <= within:
-            break
     return count
 
 
@@ -146,38 +145,46 @@ def class_values(root, found, names, first, ignore, on_error):
     if names and first + len(names) > 2 ** 16:
         raise InputError(f"--first-label {first}: {len(names)} classes from there on do not fit "
                          "into 16 bits")
-    values, counts = set(), []
-    if not names or (len(names) <= 2 and not first):
-        within = {0, IGNORE} if names else None
-        counts = [count_values(root, records, on_error, within) for _, records in found.values()]
-        values = set(np.flatnonzero(sum(counts)).tolist())
-    if values == {0, IGNORE} and not first and ignore not in values and len(names or "12") == 2:
-        return BINARY
-    if not names:
-        refuse_doubtful(root, counts)
+    seen = set()
+    if not names or len(names) <= 2:                        # binary masks are what goes wrong most
+        counts = [count_values(root, records, on_error) for _, records in found.values()]
+        seen = set(np.flatnonzero(sum(counts)).tolist())
+        if seen == {0, IGNORE} and not first and ignore not in seen and len(names or "12") == 2:
+            return BINARY
+        if ignore is None:
+            refuse_doubtful(root, counts)
     values = range(first, first + len(names)) if names else sorted(
-        v for v in values if v >= first and v not in (IGNORE, ignore))
+        v for v in seen if v >= first and v not in (IGNORE, ignore))
     if not values:
         raise InputError(f"--data {root}: no label of a class in it")
     if len(values) == 1:
-        raise InputError(
-            f"--data {root}: one class alone ({names[0] if names else values[0]}) is no "
-            'segmentation; the background is a class too: make "background" the first line of '
-            "classes.txt" + ", or remove --first-label" * bool(first))
+        way = 'the background is a class too: make "background" the first line of classes.txt' \
+            if seen <= {0, 1, IGNORE} and 0 in seen else "without classes.txt, --first-label and " \
+            "--ignore-label all values but 255 are classes"
+        if seen == {values[0], IGNORE} and not names:
+            way = "255 means no class; save what it marks with another value"
+        raise InputError(f"--data {root}: one class alone ({names[0] if names else values[0]}) is "
+                         f"no segmentation; its label maps have the values {sorted(seen)[:8]}; "
+                         f"{way}")
     return values
 
 
 def refuse_doubtful(root, counts):
-    """Stop at label maps whose values are surely not what was meant; counts: those of the parts."""
-    total = sum(counts)
-    values, (second, top) = np.flatnonzero(total), np.sort(total)[-2:]
-    span = values[-1] - values[0]
-    # between two values that cover nearly all, thin edges of nearly everything else
-    if len(values) > 32 and len(values) > span / 2 and second + top > 0.9 * total.sum():
-        raise InputError(f"--data {root}: {len(values)} values, of which two cover "
-                         f"{(second + top) / total.sum():.0%} of the pixels: label maps that were "
-                         "resized with interpolation? Resize them again with nearest neighbours, or"
-                         " set each pixel to the nearer of the two")
+    """Stop at label maps in which 255 or 0 surely is not what it was meant; counts: those of the
+    parts."""
+    total, pixels = sum(counts), sum(c.sum() for c in counts)
+    between = [v for v in np.flatnonzero(total).tolist() if v not in (0, IGNORE)]
+    rest = total[between].sum()
+    if total[IGNORE] > 0.01 * pixels and between:
+        # classes have small numbers; edges between 0 and 255 have all, or a few far apart
+        if max(between) > 150 and rest < total[IGNORE]:
+            raise InputError(f"--data {root}: its label maps are 0 and 255 with {len(between)} "
+                             "values between: were they resized with interpolation? Resize them "
+                             "again with nearest neighbours, or set each pixel to the nearer one")
+        if rest < 0.001 * pixels:
+            raise InputError(f"--data {root}: its label maps are 0 and 255, but for {rest} pixels "
+                             f"of the values {between[:8]}; correct those, or give --ignore-label "
+                             "255 if 255 is no class")
     parts = [set(np.flatnonzero(c).tolist()) for c in counts]
     for one, other in (parts, parts[::-1]) if len(parts) == 2 else ():
         if one == {0, IGNORE} and IGNORE not in other and len(other) > 1:
@@ -356,18 +363,21 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
     if not sources:
         raise InputError(f"--data {root}: nothing in it fits; expected {EXPECTED[kind]} (or "
                          "the word toyworld)")
+    sources[0].habit["records"] = sources[0].habit["records"] + sources[1].records
+    sources[1].habit = sources[0].habit
+    for source, part in zip(sources, ("training", "validation")):
+        if source.records and not any(map(shows, source.records)):
+            crowds = "labels" in source.records[0] and any(
+                r["labels"]["iscrowd"].any() for r in source.records)
+            raise InputError(f"--data {root}: no object, or no joint, in its whole {part} part"
+                             + "; all objects have iscrowd 1, as some tools write for what is "
+                             "painted: set it to 0 in the JSON" * crowds)
     if kind == "masks" and "labels" in (sources[0].records or [{}])[0]:
         alone = [i for i, r in enumerate(sources[0].records) if (~r["labels"]["iscrowd"]).any()]
         sources[0] = sources[0].subset(alone)
     for source, part in zip(sources, ("training", "validation")):
         if not len(source):
             raise InputError(f"--data {root}: no usable photo in its {part} part")
-    for source, part in zip(sources, ("training", "validation")):
-        if not any(shows(r.get("labels")) for r in source.records):
-            crowds = any(r["labels"]["iscrowd"].any() for r in source.records)
-            raise InputError(f"--data {root}: no object, or no joint, in its whole {part} part"
-                             + "; all objects have iscrowd 1, as some tools write for what is "
-                             "painted: set it to 0 in the JSON" * crowds)
     return sources
 
 

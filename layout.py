@@ -119,7 +119,7 @@ class Layout:
 
     def to(self, device):
         """Move to the device, in place; call it before the first use there."""
-        move = partial(torch.Tensor.to, device=device, non_blocking=True)
+        move = partial(torch.Tensor.to, device=device)
         self.sizes, self.units, self.hidden = map(move, (self.sizes, self.units, self.hidden))
         self.coords = [move(c) for c in self.coords]
         self.plans = {k: (move(place), move(window), *more)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from files import InputError
+from files import InputError, note
 from metrics import OKS_SIGMAS, keypoint_overlaps
 from toyworld import KEYPOINTS
 
@@ -34,7 +34,7 @@ UPPER = np.arange(17) < 11          # of COCO's joints those from the nose to th
 # What the names of the joints tell
 
 
-SIDES = (("left", "right"), ("l", "r"))
+SIDES = (("left", "right"), ("l", "r"), ("lt", "rt"))
 
 
 def flip_order(names, pairs=None):
@@ -50,9 +50,10 @@ def flip_order(names, pairs=None):
             str(i + 1): i for i in order if str(i + 1) not in map(str, names)}
         for pair in pairs.split(","):
             ends = [known.get(w.strip().lower()) for w in pair.split("-")]
-            if len(ends) != 2 or None in ends or ends[0] == ends[1]:
+            if len(ends) != 2 or None in ends or ends[0] == ends[1] or any(
+                    order[i] != i for i in ends):
                 raise InputError(f"--flip-pairs {pair}: two joints of {', '.join(names)}, with a - "
-                                 "between them, or their numbers from 1")
+                                 "between them, or their numbers from 1; each joint once")
             order[ends[0]], order[ends[1]] = ends[1], ends[0]
         return order
     spelled = [re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", n) for n in names]
@@ -71,26 +72,33 @@ def in_a_mirror(name):
     whole = [swap.get(w.lower(), w.lower()) for w in words]
     yield "".join(whole)
     yield re.sub("left|right", lambda m: swap[m[0]], name.lower())
-    yield "".join(swap[w[0].lower()] + w[1:].lower() if len(w) == 2 and w.isupper()
-                  and w[0] in "LR" else w.lower() for w in words)         # LF: left front
+    # LF and FL: left front
+    two = [w.isupper() and len(w) == 2 and sum(c in "LR" for c in w) == 1 for w in words]
+    yield "".join("".join(swap.get(c, c) for c in w.lower()) if t else w.lower()
+                  for w, t in zip(words, two))
     if name[:1].lower() in "lr":
         yield swap[name[0].lower()] + name[1:].lower()
+    if len(name) > 3 and name[-1].lower() in "lr":
+        yield name[:-1].lower() + swap[name[-1].lower()]
 
 
 def require_sides(path, names, flip, keypoints):
     """Refuse joints whose names tell no sides although the photos show some: two joints of which
-    the same one is on the left in nearly all objects would teach nonsense in a mirror."""
-    if any(i != j for i, j in enumerate(flip)):
-        return
+    the same one is on the left in nearly all objects would teach nonsense in a mirror. Where the
+    names of others tell sides, it is only told."""
     every = np.concatenate(keypoints)                       # [P, J, 3]
-    for a, b in itertools.combinations(range(len(names)), 2):
+    alone = [i for i, j in enumerate(flip) if i == j]
+    for a, b in itertools.combinations(alone, 2):
         both = (every[:, [a, b], 2] > 0).all(1)
         left = np.sign(every[both, a, 0] - every[both, b, 0])
         if len(left) >= 20 and abs(left.mean()) > 0.4:      # by chance once in 2000 pairs
-            raise InputError(
-                f"--data {path}: its joints ({', '.join(names[:8])}) name no left and right, but "
-                f"{names[a]} and {names[b]} keep their sides in the photos: --flip-pairs 1-2,3-4 "
-                "says which a mirror exchanges, --no-flip mirrors nothing")
+            found = (f"its joints ({', '.join(names[i] for i in alone[:8])}) name no left and "
+                     f"right, but {names[a]} and {names[b]} keep their sides in the photos: "
+                     "--flip-pairs 1-2,3-4 says which a mirror exchanges, --no-flip mirrors none")
+            if len(alone) == len(names):
+                raise InputError(f"--data {path}: {found}")
+            note(f"note: --data {path}: {found}")
+            return
 
 
 FLIP = flip_order(KEYPOINTS)

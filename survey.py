@@ -82,7 +82,7 @@ def objects(part, source, train):
     counts = np.bincount(classes[kept], minlength=len(kinds))
     share = [f"{name} {n / max(1, kept.sum()):.1%}" for name, n in zip(kinds, counts) if n]
     missing = [name for name, n in zip(kinds, counts) if not n]
-    shown = sum(map(shows, every))
+    shown = sum(map(shows, source.records))
     gone = [f"{n.sum()} {what}" for what, n in left.items() if n.any()]
     found = [f"{part}: {kept.sum()} objects in {shown} of {len(every)} photos: {some(share, 12)}"
              + f"; none of {some(missing, 8)}" * bool(missing)
@@ -122,8 +122,12 @@ def pixels(part, source, args):
     total = max(1, count.sum())
     share = [f"{name} {n / total:.1%}" for name, n in zip(source.classes, count) if n]
     missing = [name for name, n in zip(source.classes, count) if not n]
-    return [f"{part}: pixels of {seen} of {len(source)} label maps: {some(share, 12)}; no class "
-            f"{count[IGNORE] / total:.1%}" + f"; none of {some(missing, 8)}" * bool(missing)]
+    found = [f"{part}: pixels of {seen} of {len(source)} label maps: {some(share, 12)}; no class "
+             f"{count[IGNORE] / total:.1%}" + f"; none of {some(missing, 8)}" * bool(missing)]
+    if count[IGNORE] > 0.3 * total:
+        found.append(f"note: {count[IGNORE] / total:.0%} of the {part} pixels are no class (255, "
+                     "--ignore-label, or less than --first-label): is that meant?")
+    return found
 
 
 def depths(source):

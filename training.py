@@ -206,19 +206,29 @@ def last_word(message):
     if "TORCHELASTIC_RUN_ID" not in os.environ or not hasattr(os, "fork"):
         print(message, file=sys.stderr, flush=True)
         return
-    claim = Path(tempfile.gettempdir(), f"nanoglid-{torchrun}")
+    words = torchrun, os.environ["TORCHELASTIC_RUN_ID"], os.environ.get("MASTER_PORT"), \
+        os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    claim = Path(tempfile.gettempdir(), "nanoglid-" + "-".join(map(str, words)))
+    with contextlib.suppress(OSError):          # of an earlier machine with the same numbers
+        if time.time() - claim.stat().st_mtime > 60:
+            claim.unlink()
     try:
         claim.open("x").close()
-    except OSError:                             # another process has said it
+    except FileExistsError:                     # another process has said it
         return
+    except OSError:
+        pass
     print(message, file=sys.stderr, flush=True)
     if os.fork() == 0:
-        os.setsid()                             # torchrun ends our process group
-        while running(torchrun):
-            time.sleep(0.05)
-        os.write(2, f"{message}\n".encode(errors="backslashreplace"))
-        claim.unlink()
-        os._exit(0)
+        try:
+            os.setsid()                         # torchrun ends our process group
+            os.closerange(3, 4096)              # what the others wait for must close, GPUs as well
+            while running(torchrun):
+                time.sleep(0.05)
+            os.write(2, f"{message}\n".encode(errors="backslashreplace"))
+        finally:
+            claim.unlink(missing_ok=True)
+            os._exit(0)
 
 
 def running(process):
@@ -389,19 +399,21 @@ class Progress:
     def __exit__(self, kind, *_):
         self.bar.close()
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if kind is None and (skipped := int(self.state.sum(self.loader.skipped())[0])):
             self.state.say(f"{skipped} unreadable training photos were replaced by the next one, "
                            "each named above")
 
     def asked(self, number, _):
         """Handler of a signal."""
-        if self.signal:
+        # a cluster and torchrun may both pass on one signal: what comes at once is no second one
+        if self.signal and time.monotonic() - self.since > 2:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.signal = number
-        if self.evaluating:                     # it may last longer than the cluster waits
-            self.stop(number)
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+            if self.evaluating:                 # it may last longer than the cluster waits
+                self.stop(number)
 
     def stops(self):
         """The signal that any process got, or 0; all processes get the same answer."""
@@ -417,8 +429,12 @@ class Progress:
     def evaluation(self):
         """Around an evaluation, before which the run is saved: a signal ends it at once."""
         self.evaluating = True
-        yield
-        self.evaluating = False
+        if self.signal:                         # it came while the run was saved
+            self.stop(self.signal)
+        try:
+            yield
+        finally:
+            self.evaluating = False
 
     def add(self, loss):
         """A micro-step's share of its step's loss, a scalar tensor (summed on the device)."""
