@@ -3194,6 +3194,7 @@ def test_any_photo_is_read_right_or_named():
     for height, width in ((1, 1), (1, 20_000), (20_000, 390), (20_000, 500)):
         def resize(content, size=(height, width)):
             content["images"][0] |= dict(height=size[0], width=size[1])
+            first(content, bbox=[0, 0, 1, 1])
         with folder() as at:
             photo = little_coco(at, resize) / "train2017/0.png"
             write_png(photo, np.zeros((height, width), bool))
