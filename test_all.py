@@ -2851,7 +2851,7 @@ def test_nyu_layout_gives_toyworld_back():
             write_png(at / "train/sync_depth_00000.png", ramp.astype(np.uint16))
             train, _ = data.open_depth(at, 1000, 1000)
             whole_photo, _ = data.open_depth(at, 1000, 1000, overfit=True)
-            train.transform = lambda sample: sample
+            train.transform = data.v2.Identity()
             depth = train[0, 0]["depth"]
             assert depth.shape == crop and whole_photo[0, 0]["depth"].shape == (height, width)
             top, left = (45, 43) if crop[0] < height else (0, 0)
@@ -3398,7 +3398,7 @@ def test_skipping_what_is_broken():
         (at / "train2017/1.png").write_bytes(b"")
         args = argparse.Namespace(on_error="skip", batch_size=1, workers=1, seed=0, accumulate=1)
         state = training.Run(torch.device("cpu"))
-        train.transform = lambda sample: sample
+        train.transform = data.v2.Identity()
         forgiving = batching.forgiving(train, args)
         assert batching.forgiving(train, argparse.Namespace(on_error="stop")) is train
         told, batches = io.StringIO(), [[(0, i)] for i in (0, 1, 2, 1)]
