@@ -159,16 +159,15 @@ def read_images(root, path, content, split, on_error):
     folder, bare = photo_folder(root, path, split, [r["photo"] for r in images.values()])
     there, missing = set(os.listdir(folder)), {}            # one look instead of 100,000
     for i, record in images.items():
-        given, record["photo"] = record["photo"], folder / (
-            Path(record["photo"]).name if bare else record["photo"])
-        if record["photo"].name not in there and not record["photo"].is_file():
+        given = record["photo"]
+        name = Path(given).name if bare else given
+        record["photo"] = folder / name
+        if name not in there and not record["photo"].is_file():
             missing[i] = given
-        elif len(record["photo"].relative_to(folder).parts) > 1 and not record["photo"].is_file():
-            missing[i] = given
-    others = photos_below(root, split) if missing else {}
+    others = photos_below(root, split) if missing else None
     used = {r["photo"] for i, r in images.items() if i not in missing}
     for i, given in missing.items():
-        found = alike(others, given)
+        found = alike(*others, given)
         if found is None or found in used:
             refuse(f"{images[i]['photo']}: no such file, nor one that its name may mean below "
                    f"{root}, but {path} lists it", on_error)
@@ -188,19 +187,19 @@ def as_seen(name):
 
 def photos_below(root, split):
     """{name as people see it: paths} of the photos below a folder that may belong to this part: not
-    in a folder of the other part's name, nor of label maps."""
-    found, other = {}, SPLITS["val" if split == "train" else "train"]
+    in a folder of the other part's name, nor of label maps; and the names of all their folders."""
+    found, here, other = {}, set(), SPLITS["val" if split == "train" else "train"]
     for path in list_images(root):
-        words = {re.sub("[^a-z]", "", p.lower()) for p in path.relative_to(root).parts[:-1]}
-        if not words & {*other, *LABELS}:
+        folders = path.relative_to(root).parts[:-1]
+        if not {re.sub("[^a-z]", "", p.lower()) for p in folders} & {*other, *LABELS}:
             found.setdefault(as_seen(path.name), []).append(path)
-    return found
+            here |= {as_seen(p) for p in folders}
+    return found, here
 
 
-def alike(photos, name):
-    """The one photo of `photos` that this name may mean, None without or if it stays unclear. The
-    folders in the name decide, those of them that exist here."""
-    here = {as_seen(p) for paths in photos.values() for path in paths for p in path.parts[:-1]}
+def alike(photos, here, name):
+    """The one photo of photos_below that this name may mean, None without or if it stays unclear.
+    The folders in the name decide, those of them that exist here."""
     wanted = {as_seen(p) for p in Path(unquote(name).rpartition("?d=")[2]).parts[:-1]} & here
     found = [path for path in photos.get(as_seen(name), ())
              if wanted <= {as_seen(p) for p in path.parts[:-1]}]
@@ -219,8 +218,8 @@ def photo_folder(root, path, split, names):
         for place in places:
             if any((root / place / (Path(n).name if bare else n)).is_file() for n in names[:20]):
                 return root / place, bare
-    photos = photos_below(root, split) if names else {}     # elsewhere, or by other names
-    if any(alike(photos, name) for name in names[:20]):
+    others = photos_below(root, split) if names else None   # elsewhere, or by other names
+    if any(alike(*others, name) for name in names[:20]):
         return root, False
     raise InputError(f"{path}: its photos ({', '.join(names[:1]) or 'none listed'}) are not in "
                      f"{root}, nor below it in {', '.join(filter(None, places))} or any other "
