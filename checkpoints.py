@@ -86,8 +86,10 @@ def load_backbone(glid, path, state):
         raise InputError(f"--init-backbone {path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "invalid load key" in str(error):
+    except pickle.UnpicklingError:
+        with open(path, "rb") as file:
+            written_by_torch = file.read(2) in (b"PK", b"\x80\x02", b"\x80\x04")
+        if not written_by_torch:
             raise InputError(f"--init-backbone {path}: no file of torch.save (a web page, or a "
                              "pointer to the real file?)") from None
         raise InputError(f"--init-backbone {path}: holds more than tensors; load it once where you "

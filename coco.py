@@ -156,7 +156,9 @@ def read_images(root, path, content, split, on_error):
         except BAD as error:
             raise InputError(f"{path}: image {entry.get('id', f'number {n}')}: {why(error)}") \
                 from None
-    folder, bare = photo_folder(root, path, split, [r["photo"] for r in images.values()])
+    names = [r["photo"] for r in images.values() if not Path(r["photo"]).is_absolute()
+             or not Path(r["photo"]).is_file()]
+    folder, bare, others = photo_folder(root, path, split, names) if names else (root, False, None)
     there, missing = set(os.listdir(folder)), {}            # one look instead of 100,000
     for i, record in images.items():
         given = record["photo"]
@@ -164,7 +166,7 @@ def read_images(root, path, content, split, on_error):
         record["photo"] = folder / name
         if name not in there and not record["photo"].is_file():
             missing[i] = given
-    others = photos_below(root, split) if missing else None
+    others = others or (photos_below(root, split) if missing else None)
     used = {r["photo"] for i, r in images.items() if i not in missing}
     for i, given in missing.items():
         found = alike(*others, given)
@@ -181,17 +183,20 @@ def read_images(root, path, content, split, on_error):
 def as_seen(name):
     """A file's name in the form in which people see it: tools write URL quotes, /data/local-files/
     ?d=..., and accents in two parts; some systems do not tell capitals."""
-    name = unquote(name).rpartition("?d=")[2].replace("\\", "/")
+    name = unquote(name).rpartition("?d=")[2].partition("?")[0].replace("\\", "/")
     return unicodedata.normalize("NFC", Path(name).name).casefold()
 
 
 def photos_below(root, split):
     """{name as people see it: paths} of the photos below a folder that may belong to this part: not
-    in a folder of the other part's name, nor of label maps; and the names of all their folders."""
-    found, here, other = {}, set(), SPLITS["val" if split == "train" else "train"]
+    in a folder of the other part's name, nor of label maps; and the names of all their folders.
+    split None: of all photos."""
+    found, here, foreign = {}, set(), set()
+    if split:
+        foreign = {*SPLITS["val" if split == "train" else "train"], *LABELS}
     for path in list_images(root):
         folders = path.relative_to(root).parts[:-1]
-        if not {re.sub("[^a-z]", "", p.lower()) for p in folders} & {*other, *LABELS}:
+        if not {re.sub("[^a-z]", "", p.lower()) for p in folders} & foreign:
             found.setdefault(as_seen(path.name), []).append(path)
             here |= {as_seen(p) for p in folders}
     return found, here
@@ -208,7 +213,8 @@ def alike(photos, here, name):
 
 def photo_folder(root, path, split, names):
     """Where the photos of a COCO file lie: the first place that holds one of the first photos, by
-    the name the file gives or, if none has it, without folders: -> (place, was it without)."""
+    the name the file gives or, if none has it, without folders: -> (place, was it without, None).
+    Else anywhere below root, see alike: (root, False, photos_below)."""
     own = path.parent.relative_to(root).parts                               # Roboflow: beside it
     parts = [path.stem.split("_")[-1], *SPLITS[split]]                      # as in train2017
     places = [p for p in own if p != "annotations"]
@@ -217,10 +223,11 @@ def photo_folder(root, path, split, names):
     for bare in (False, True)[:1 + unique]:
         for place in places:
             if any((root / place / (Path(n).name if bare else n)).is_file() for n in names[:20]):
-                return root / place, bare
-    others = photos_below(root, split) if names else None   # elsewhere, or by other names
-    if any(alike(*others, name) for name in names[:20]):
-        return root, False
+                return root / place, bare, None
+    for foreign in (split, None):       # in a folder called after the other part if nowhere else
+        others = photos_below(root, foreign)
+        if any(alike(*others, name) for name in names[:20]):
+            return root, False, others
     raise InputError(f"{path}: its photos ({', '.join(names[:1]) or 'none listed'}) are not in "
                      f"{root}, nor below it in {', '.join(filter(None, places))} or any other "
                      "folder, with or without the folders in their names")
@@ -320,8 +327,9 @@ def doubt_boxes(path, records):
     boxes = [r["labels"]["boxes"] for r in records]
     sizes = np.repeat(np.array([r["size"] for r in records]).reshape(-1, 2), [*map(len, boxes)], 0)
     boxes = np.concatenate([*boxes, np.zeros((0, 4))])
-    joints = [r["labels"].get("keypoints", np.zeros((0, 1, 3)))[..., :2].ravel() for r in records]
-    for what, values in (("boxes", boxes), ("joints", np.concatenate([*joints, np.zeros(0)]))):
+    joints = [r["labels"].get("keypoints", np.zeros((0, 1, 3))) for r in records]
+    joints = np.concatenate([*(j[j[..., 2] > 0][:, :2] for j in joints), np.zeros((0, 2))])
+    for what, values in (("boxes", boxes[boxes.any(1)]), ("joints", joints)):
         # nearly all: some tools round a little beyond 1
         if values.any() and np.quantile(np.abs(values), 0.95) <= 1.05 and sizes.min() > 2:
             raise InputError(f"{path}: its {what} are fractions of the photo; they must be in "

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import pose
 import toyworld
+from coco import an_id
 from cocomask import unstack
 from files import IGNORE, SPLITS, InputError, list_images, read_image, read_view
 from formats import DEPTHS, LABELS, PHOTOS, open_folder, readable, split_folders
@@ -697,7 +698,7 @@ def read_boxes(path, ids, kinds):
     found = {i: [] for i in ids}
     for n, entry in enumerate(entries):
         try:
-            image, kind = entry["image_id"], entry["category_id"]
+            image, kind = an_id(entry["image_id"]), an_id(entry["category_id"])
             x, y, w, h, score = row = [float(v) for v in (*entry["bbox"], entry["score"])]
             if not (np.abs(row) < 1e6).all() or w < 0 or h < 0:        # NaN neither
                 raise ValueError("a number is not finite or no pixel, or a side is below 0")

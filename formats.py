@@ -161,6 +161,8 @@ def class_values(root, found, names, first, ignore, on_error):
         way = 'the background is a class too: make "background" the first line of classes.txt' \
             if seen <= {0, 1, IGNORE} and 0 in seen else "without classes.txt, --first-label and " \
             "--ignore-label all values but 255 are classes"
+        if first:
+            way = "leave out --first-label, and 0 is a class too"
         if seen == {values[0], IGNORE} and not names:
             way = "255 means no class; save what it marks with another value"
         raise InputError(f"--data {root}: one class alone ({names[0] if names else values[0]}) is "
@@ -177,10 +179,11 @@ def refuse_doubtful(root, counts):
     rest = total[between].sum()
     if total[IGNORE] > 0.01 * pixels and between:
         # classes have small numbers; edges between 0 and 255 have all, or a few far apart
-        if max(between) > 150 and rest < total[IGNORE]:
+        if len(between) > 2 and max(between) > 150 and rest < total[IGNORE]:
             raise InputError(f"--data {root}: its label maps are 0 and 255 with {len(between)} "
                              "values between: were they resized with interpolation? Resize them "
-                             "again with nearest neighbours, or set each pixel to the nearer one")
+                             "again with nearest neighbours, or set each pixel to the nearer one; "
+                             "if the values are classes and 255 is none, --ignore-label 255")
         if rest < 0.001 * pixels:
             raise InputError(f"--data {root}: its label maps are 0 and 255, but for {rest} pixels "
                              f"of the values {between[:8]}; correct those, or give --ignore-label "

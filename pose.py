@@ -73,7 +73,7 @@ def in_a_mirror(name):
     yield "".join(whole)
     yield re.sub("left|right", lambda m: swap[m[0]], name.lower())
     # LF and FL: left front
-    two = [w.isupper() and len(w) == 2 and sum(c in "LR" for c in w) == 1 for w in words]
+    two = [len(w) == 2 and sum(c in "lr" for c in w.lower()) == 1 for w in words]
     yield "".join("".join(swap.get(c, c) for c in w.lower()) if t else w.lower()
                   for w, t in zip(words, two))
     if name[:1].lower() in "lr":

@@ -91,9 +91,12 @@ def objects(part, source, train):
         found.append(f"note: {crowd.mean():.0%} of the {part} objects are crowds, which teach "
                      "nothing and are graded nothing; some tools write iscrowd 1 for whatever is "
                      "painted: if it is that, set it to 0 in the JSON")
-    if outside.any():
-        found.append(f"note: {outside.sum()} {part} boxes lie wholly outside their photo: are they "
-                     "in pixels, as x, y, width, height?")
+    huge = (boxes[:, 2:] > 2 * size[:, ::-1] + 2).any(1)
+    for wrong, what in ((outside, "lie wholly outside their photo"),
+                        (huge & ~outside, "reach to more than twice the size of their photo")):
+        if wrong.any():
+            found.append(f"note: {wrong.sum()} {part} boxes {what}: are they in pixels, as x, y, "
+                         "width, height?")
     return found
 
 
@@ -124,7 +127,10 @@ def pixels(part, source, args):
     missing = [name for name, n in zip(source.classes, count) if not n]
     found = [f"{part}: pixels of {seen} of {len(source)} label maps: {some(share, 12)}; no class "
              f"{count[IGNORE] / total:.1%}" + f"; none of {some(missing, 8)}" * bool(missing)]
-    if count[IGNORE] > 0.3 * total:
+    if np.count_nonzero(count[:IGNORE]) < 2:
+        found.append(f"note: only one class has pixels in the {part} part; what else there is is "
+                     "255, --ignore-label, or less than --first-label, which is no class")
+    elif count[IGNORE] > 0.3 * total:
         found.append(f"note: {count[IGNORE] / total:.0%} of the {part} pixels are no class (255, "
                      "--ignore-label, or less than --first-label): is that meant?")
     return found
@@ -162,7 +168,8 @@ def twice(train, val):
 def limits(args, train):
     """Photos with more objects than queries can answer."""
     records = getattr(train.source, "records", ())
-    most = max((len(r["labels"]["classes"]) for r in records if "labels" in r), default=0)
+    most = max((len(r["labels"]["classes"] if "labels" in r else r.get("segments", ()))
+                for r in records), default=0)
     queries = getattr(args, "queries", None)
     queries = min(queries) if isinstance(queries, list) else queries
     if not queries or most <= queries or hasattr(train, "joints"):

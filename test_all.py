@@ -3579,6 +3579,21 @@ def test_no_photo_stands_in_for_another():
         with folder() as at:
             names = [f"{prefix}{s}/{i}.jpg" for s in "ab" for i in range(2)]
             assert opened(at, names, many) == dict(enumerate(many)), prefix
+    for places, names in ((["train/0.jpg", "train/1.jpg"], ["0.jpg", "1.jpg"]),
+                          (["test/0.jpg", "test/1.jpg"], ["0.jpg", "1.jpg"])):
+        with folder() as at:            # the other part's folder, if they are nowhere else
+            own_coco(at, [dict(image=0), dict(image=1)], names=names, kind="instances_val",
+                     **dict.fromkeys(places, 0))
+            text = (at / "annotations/instances_val.json").read_text()
+            (at / "annotations/instances_train.json").write_text(text)
+            with quiet():
+                assert [len(p) for p in formats.open_folder(at, ["boxes"])] == [2, 2]
+            there = [str(at / p) for p in places]           # and names that are whole paths
+            (at / "annotations/instances_train.json").write_text(
+                text.replace('"0.jpg"', f'"{there[0]}"').replace('"1.jpg"', f'"{there[1]}"'))
+            with quiet():
+                assert [str(r["photo"]) for r in formats.open_folder(
+                    at, ["boxes"])[0].records] == there
     for places in (["images/train/0.jpg", "images/train/1.jpg", "images/val/2.jpg"],
                    ["images/0.jpg", "images/1.jpg", "masks/2.jpg"],
                    ["A/0.jpg", "A/1.jpg", "B/2.jpg"]):
@@ -3627,10 +3642,11 @@ def test_joints_of_other_animals():
         assert (x[:, 0] < x[:, 1]).all()                                # never mirrored
     names = "leftHip rightHip L_eye R_eye LEye2 REye2 paw_front_left paw_front_right lshoulder " \
             "rshoulder lip rip tail LH RH elbow_L elbow_R lefty FL_toe FR_toe hand_lt hand_rt " \
-            "earl earr".split()
+            "earl earr fl_heel fr_heel".split()
     order = pose.flip_order(names)
     pairs = {(names[i], names[j]) for i, j in enumerate(order) if i < j}
-    assert pairs == {tuple(names[i:i + 2]) for i in (0, 2, 4, 6, 8, 10, 13, 15, 18, 20, 22)}, pairs
+    lefts = (0, 2, 4, 6, 8, 10, 13, 15, 18, 20, 22, 24)
+    assert pairs == {tuple(names[i:i + 2]) for i in lefts}, pairs
     assert pose.flip_order(toyworld.KEYPOINTS) == [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13,
                                                    16, 15]
     numbered = [dict(id=1, name="fox", keypoints=["1", "2", "3"])]
@@ -3997,7 +4013,9 @@ def test_backbones_of_others():
         torch.save({"a": torch.zeros(3)}, at / "other.pth")
         torch.save({"model": theirs, "config": argparse.Namespace()}, at / "config.pth")
         for name, words in (("ours.pt", "--load backbone"), ("other.pth", "no Swin"),
-                            ("config.pth", "weights_only=False"), ("none.pth", "no such file")):
+                            ("config.pth", "weights_only=False"), ("none.pth", "no such file"),
+                            ("page.pth", "no file of torch.save")):
+            (at / "page.pth").write_bytes(b"<!DOCTYPE html><html>")
             with raises(InputError, "--init-backbone", name, words):
                 checkpoints.load_backbone(GLID(config), str(at / name), None)
 
