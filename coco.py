@@ -489,7 +489,12 @@ def coco_files(root, word):
             raise InputError(f"--data {root}: {own[0].name} and {own[1].name} are both there; "
                              "keep one of them")
         files += own or [None]
-    return [found[0], None] if len(found) == 1 and files == [None, None] else files
+    if len(found) == 1 and files == [None, None]:
+        return [found[0], None]
+    for path in found:
+        if path not in files and any(files):
+            note(f"note: {path} is not used; its name says neither train nor val, or both are there")
+    return files
 
 
 def names_part(path, root):

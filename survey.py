@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 
 from files import IGNORE, InputError, opened, shows
+from pose import flip_order
 
 LOOKED_AT = 200                         # label maps of a part whose pixels are counted
 
@@ -132,7 +133,8 @@ def pixels(part, source, args):
                      "255, --ignore-label, or less than --first-label, which is no class")
     elif count[IGNORE] > 0.3 * total:
         found.append(f"note: {count[IGNORE] / total:.0%} of the {part} pixels are no class (255, "
-                     "--ignore-label, or less than --first-label): is that meant?")
+                     "--ignore-label, or less than --first-label): is that meant? If 255 is a "
+                     "class, save it with another value")
     return found
 
 
@@ -180,9 +182,9 @@ def limits(args, train):
 
 def mirrors(args, train):
     """Classes that a mirror would turn into others."""
-    words = {str(n).lower() for n in getattr(train, "classes", ())}
-    sided = [n for n in words if "left" in n and n.replace("left", "right") in words]
-    if not sided or getattr(args, "no_flip", True):
+    names = list(map(str, getattr(train, "classes", ())))
+    pairs = [(names[i], names[j]) for i, j in enumerate(flip_order(names)) if i < j]
+    if not pairs or getattr(args, "no_flip", True):
         return []
-    return [f"note: {sided[0]} and {sided[0].replace('left', 'right')} are classes, but training "
-            "mirrors half of the photos; --no-flip leaves that out"]
+    return [f"note: {' and '.join(pairs[0])} are classes, but training mirrors half of the photos; "
+            "--no-flip leaves that out"]
