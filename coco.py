@@ -492,8 +492,8 @@ def coco_files(root, word):
     if len(found) == 1 and files == [None, None]:
         return [found[0], None]
     for path in found:
-        if path not in files and any(files):
-            note(f"note: {path} is not used; its name says neither train nor val, or both are there")
+        if path not in files and any(files) and is_coco(path):
+            note(f"note: {path} is not used; its name does not say which part it is")
     return files
 
 
