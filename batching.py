@@ -8,9 +8,11 @@ import atexit
 import io
 import math
 import multiprocessing
+import os
 import pickle
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from itertools import chain
@@ -190,6 +192,13 @@ def ignore_signals(_):
     the whole group, and the step that is running still needs its data."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    """torch watches the process above, which for forkserver is the server: it outlives the run."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @atexit.register
