@@ -4350,7 +4350,8 @@ def test_two_processes_are_as_one():
         assert len(answers) == len(FINETUNING)
         assert all(answer in said for answer in answers), (answers, said)
         assert said[-1].startswith("error: the loss is") and "--lr" in said[-1], said
-        assert said.count(said[-1]) == 2 and not any('pretrain.py", line' in x for x in said), said
+        assert said.count(said[-1]) == 2, said
+        assert not any('pretrain.py", line' in line for line in said), said
 
 
 def test_the_first_checkpoint_is_kept_whatever_its_metric():

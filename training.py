@@ -218,7 +218,8 @@ def last_word(message):
         return
     except OSError:
         pass
-    print(message, file=sys.stderr, flush=True)
+    # one write, on a line of its own: another process may be in the middle of its progress bar
+    print(f"\n{message}\n", end="", file=sys.stderr, flush=True)
     if os.fork() == 0:
         try:
             os.setsid()                         # torchrun ends our process group
