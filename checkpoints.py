@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data import InputError
-from model import resize_bias_table, swin_from_torchvision
+from model import resize_bias_table, swin_from_others
 
 # what torch.load raises for files that are broken, foreign, or full of code
 BROKEN = (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError,
@@ -87,73 +87,48 @@ def load_backbone(glid, path, state):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        with open(path, "rb") as file:
-            written_by_torch = file.read(2) in (b"PK", b"\x80\x02", b"\x80\x04")
-        if not written_by_torch:
-            raise InputError(f"--init-backbone {path}: no file of torch.save (a web page, or a "
-                             "pointer to the real file?)") from None
-        raise InputError(f"--init-backbone {path}: holds more than tensors; load it once where you "
-                         "trust it, torch.load(FILE, weights_only=False), and save its "
-                         "['model'] alone") from None
+        raise InputError(f"--init-backbone {path}: not written by torch.save (a web page?), or it "
+                         "holds more than tensors: then load it once where you trust it, "
+                         "torch.load(FILE, weights_only=False), and save its ['model'] alone") \
+            from None
     except BROKEN as error:
         raise InputError(f"--init-backbone {path}: not a readable file of weights "
                          f"({type(error).__name__})") from None
-    weights, kind = unwrapped(content)
+    weights = unwrapped(content)
     if any(k.startswith("glid.") for k in weights):
         raise InputError(f"--init-backbone {path}: a checkpoint of nanoGLID; use --init {path} "
                          "--load backbone")
-    try:
-        found = swin_from_torchvision(weights, glid.config)
-    except BROKEN as error:
-        raise InputError(f"--init-backbone {path}: no Swin of torchvision, timm, or the official "
-                         f"repositories ({type(error).__name__})") from None
+    found, whose = swin_from_others(weights, glid.config)
     own = glid.backbone.state_dict()
     missing = own.keys() - found.keys()
     wrong = [k for k in found if k not in own or own[k].shape != found[k].shape]
     # a classifier has no norms on its stages 1-3
     if wrong or missing != {f"norms.{i}.{w}" for i in range(3) for w in ("weight", "bias")}:
-        raise InputError(f"--init-backbone {path}: not the Swin of this preset "
-                         f"(e.g. {(wrong + sorted(missing))[0]})")
+        raise InputError(f"--init-backbone {path}: no Swin of torchvision, timm, or the official "
+                         f"repositories, or not that of this preset (e.g. "
+                         f"{(wrong + sorted(missing))[0]})")
     glid.backbone.load_state_dict(own | found)
-    table = next(v for k, v in weights.items() if k.endswith("relative_position_bias_table"))
-    window = (round(table.shape[0] ** 0.5) + 1) // 2
+    rows = next(len(v) for k, v in weights.items() if k.endswith("relative_position_bias_table"))
+    window = (round(rows ** 0.5) + 1) // 2                  # of (2 w - 1) ** 2 rows
     resized = f"; its window of {window} resized to {glid.config.window}"
-    state.say(f"backbone: loaded {len(found)} of {len(own)} tensors from {kind}'s Swin"
+    state.say(f"backbone: loaded {len(found)} of {len(own)} tensors from {whose}'s Swin"
               + resized * (window != glid.config.window))
 
 
 def unwrapped(content):
-    """A file of weights -> (state dict with torchvision's names, whose it is).
-
-    Undoes {"model": ...}, {"state_dict": ...} and the prefixes of wrappers; the official Swin and
-    timm call things alike, but timm merges at the beginning of a stage, the others at the end.
-    """
+    """A file of weights -> its state dict without {"model": ...} or {"state_dict": ...} around it,
+    without the prefixes of wrappers, in fp32."""
     while isinstance(content, dict) and (inner := next(
             (content[k] for k in ("model", "state_dict", "model_state_dict", "module")
              if isinstance(content.get(k), dict)), None)):
         content = inner
-    if not isinstance(content, dict):
-        return {}, "nobody"
     weights = {}
-    for key, value in content.items():
+    for key, value in content.items() if isinstance(content, dict) else ():
         if torch.is_tensor(value):
             for prefix in ("module.", "_orig_mod.", "encoder.", "backbone."):
                 key = key.removeprefix(prefix)
             weights[key] = value.float() if value.is_floating_point() else value
-    if not any(k.startswith("layers.") for k in weights):
-        return weights, "torchvision"
-    late, renamed = "layers.0.downsample.reduction.weight" in weights, {}
-    for key, value in weights.items():
-        words = key.replace("mlp.fc1", "mlp.0").replace("mlp.fc2", "mlp.3").split(".")
-        if words[0] == "patch_embed":
-            renamed[f"features.0.{0 if words[1] == 'proj' else 2}.{words[-1]}"] = value
-        elif words[0] == "layers" and words[2] == "blocks" and words[-1] != "attn_mask":
-            renamed[".".join(["features", str(2 * int(words[1]) + 1), *words[3:]])] = value
-        elif words[0] == "layers" and words[2] == "downsample":
-            renamed[".".join(["features", str(2 * int(words[1]) + 2 * late), *words[3:]])] = value
-        elif words[0] == "norm":
-            renamed[key] = value
-    return renamed, "the official repository" if late else "timm"
+    return weights
 
 
 # may differ when a run is resumed; the last five change how it goes on, not what it is

@@ -101,37 +101,28 @@ def read_categories(path, content, kind):
     if len({i for i, _, _ in found}) < len(found):
         raise InputError(f"{path}: two categories have the same id")
     if kind == "keypoints":
-        wanted = [an_id(e["id"]) for e in jointed(path, content["categories"])]
+        wanted = [an_id(e["id"]) for e in jointed(path, content["categories"])[0]]
         found = [c for c in found if c[0] in wanted]
     return sorted(found, key=lambda c: (not c[2], c[0]))
 
 
 def jointed(path, entries):
-    """Of a file's categories those with joints: all that name the same ones (AP-10K's 54 species),
-    or "person"."""
-    named = [e for e in entries if named_joints(e)]
-    found = named or [e for e in entries if e.get("name") == "person"]
-    if len({tuple(map(str, named_joints(e))) for e in found}) > 1:
+    """Of a file's categories those with joints, and the names of these: all categories that name
+    the same ones (AP-10K's 54 species), or "person", which has COCO's 17 if it does not say."""
+    named = [e for e in entries if e.get("keypoints") and isinstance(e["keypoints"], list)]
+    found = named or [e | {"keypoints": KEYPOINTS} for e in entries if e.get("name") == "person"]
+    if len(kinds := {tuple(map(str, e["keypoints"])) for e in found}) > 1:
         found = [e for e in found if e.get("name") == "person"] or found
-    if len({tuple(map(str, named_joints(e))) for e in found}) != 1:
+        kinds = {tuple(map(str, e["keypoints"])) for e in found}
+    if len(kinds) != 1:
         names = [e.get("name") for e in found]
         raise InputError(f'{path}: a category must have joints, its "keypoints" naming them, all '
                          "categories the same, or be called person and have COCO's; here "
                          f"{names or 'none'}")
-    return found
-
-
-def named_joints(entry):
-    joints = entry.get("keypoints")
-    return joints if isinstance(joints, list) else []
-
-
-def joint_names(path, content):
-    """Names of the joints, () in a file without; COCO's 17 where the category does not say."""
-    names = named_joints(jointed(path, content["categories"])[0]) or KEYPOINTS
-    if len({str(n).lower() for n in names}) < len(names):
+    joints = kinds.pop()
+    if len({n.lower() for n in joints}) < len(joints):
         raise InputError(f"{path}: two joints have the same name")
-    return tuple(map(str, names))
+    return found, joints
 
 
 def same_categories(path, own, categories):
@@ -156,28 +147,45 @@ def read_images(root, path, content, split, on_error):
         except BAD as error:
             raise InputError(f"{path}: image {entry.get('id', f'number {n}')}: {why(error)}") \
                 from None
-    names = [r["photo"] for r in images.values() if not Path(r["photo"]).is_absolute()
-             or not Path(r["photo"]).is_file()]
-    folder, bare, others = photo_folder(root, path, split, names) if names else (root, False, None)
-    there, missing = set(os.listdir(folder)), {}            # one look instead of 100,000
-    for i, record in images.items():
-        given = record["photo"]
-        name = Path(given).name if bare else given
-        record["photo"] = folder / name
-        if name not in there and not record["photo"].is_file():
-            missing[i] = given
-    others = others or (photos_below(root, split) if missing else None)
-    used = {r["photo"] for i, r in images.items() if i not in missing}
-    for i, given in missing.items():
-        found = alike(*others, given)
-        if found is None or found in used:
-            refuse(f"{images[i]['photo']}: no such file, nor one that its name may mean below "
+    place_photos(root, path, split, images, broken, on_error)
+    return images, broken
+
+
+def place_photos(root, path, split, images, broken, on_error):
+    """Find each photo: by the name that the file gives in the first place that holds one of the
+    first photos, else below root under a name that it may mean, see alike."""
+    own = path.parent.relative_to(root).parts                               # Roboflow: beside it
+    parts = [path.stem.split("_")[-1], *SPLITS[split]]                      # as in train2017
+    places = [p for p in own if p != "annotations"]
+    places = dict.fromkeys((*places, *parts, *(f"images/{p}" for p in parts), "images", ""))
+    given = {i: record["photo"] for i, record in images.items()}
+    first = [n for n in given.values() if not Path(n).is_absolute()][:20]
+    folder = next((root / p for p in places if any((root / p / n).is_file() for n in first)), root)
+    there, used = set(os.listdir(folder)), set()            # one look instead of 100,000
+    for i, name in given.items():
+        here = folder / name
+        if name in there or here.is_file() or (here := root / name).is_file():
+            images[i]["photo"] = here
+            used.add(here)
+    missing = [i for i in images if images[i]["photo"] == given[i]]
+    for part in (split, None) if missing else ():   # in the other part's folder if nowhere else
+        others = photos_below(root, part)
+        found = {i: photo for i in missing if (photo := alike(*others, given[i]))}
+        if found or used:
+            break
+    else:
+        if missing:
+            raise InputError(f"{path}: its photos ({given[missing[0]]}) are not in {root}, nor "
+                             f"below it in {', '.join(filter(None, places))} or any other folder, "
+                             "with or without the folders in their names")
+    for i in missing:
+        if i in found and found[i] not in used:
+            images[i]["photo"] = found[i]
+            used.add(found[i])
+        else:
+            refuse(f"{folder / given[i]}: no such file, nor one that its name may mean below "
                    f"{root}, but {path} lists it", on_error)
             broken.add(i)
-        else:
-            images[i]["photo"] = found
-            used.add(found)
-    return images, broken
 
 
 def as_seen(name):
@@ -209,28 +217,6 @@ def alike(photos, here, name):
     found = [path for path in photos.get(as_seen(name), ())
              if wanted <= {as_seen(p) for p in path.parts[:-1]}]
     return found[0] if len(found) == 1 else None
-
-
-def photo_folder(root, path, split, names):
-    """Where the photos of a COCO file lie: the first place that holds one of the first photos, by
-    the name the file gives or, if none has it, without folders: -> (place, was it without, None).
-    Else anywhere below root, see alike: (root, False, photos_below)."""
-    own = path.parent.relative_to(root).parts                               # Roboflow: beside it
-    parts = [path.stem.split("_")[-1], *SPLITS[split]]                      # as in train2017
-    places = [p for p in own if p != "annotations"]
-    places = dict.fromkeys((*places, *parts, *(f"images/{p}" for p in parts), "images", ""))
-    unique = len({Path(n).name for n in names}) == len(names)
-    for bare in (False, True)[:1 + unique]:
-        for place in places:
-            if any((root / place / (Path(n).name if bare else n)).is_file() for n in names[:20]):
-                return root / place, bare, None
-    for foreign in (split, None):       # in a folder called after the other part if nowhere else
-        others = photos_below(root, foreign)
-        if any(alike(*others, name) for name in names[:20]):
-            return root, False, others
-    raise InputError(f"{path}: its photos ({', '.join(names[:1]) or 'none listed'}) are not in "
-                     f"{root}, nor below it in {', '.join(filter(None, places))} or any other "
-                     "folder, with or without the folders in their names")
 
 
 def parse_object(entry, count, masks):
@@ -290,7 +276,7 @@ def coco_instances(root, path, split, kind, keys, on_error, categories=None):
     own = read_categories(path, content, kind)
     # what has the same joints is one kind of thing, whatever the kinds of the training part
     categories = own if kind == "keypoints" else same_categories(path, own, categories)
-    joints = joint_names(path, content) if kind == "keypoints" else ()
+    joints = jointed(path, content["categories"])[1] if kind == "keypoints" else ()
     every = {an_id(c["id"]) for c in content["categories"]}
     label = {i: k * (kind != "keypoints") for k, (i, _, _) in enumerate(categories)}
     images, broken = read_images(root, path, content, split, on_error)
@@ -322,8 +308,8 @@ def coco_instances(root, path, split, kind, keys, on_error, categories=None):
 
 
 def doubt_boxes(path, records):
-    """Say so if many boxes reach far out of their photo: they may be corners, not sides. Refuse
-    fractions of the photo: no box, no joint lies beyond its first pixel."""
+    """Say so if boxes lie outside their photo or many reach far out of it: they may be corners, not
+    sides. Refuse fractions of the photo: no box, no joint lies beyond its first pixel."""
     boxes = [r["labels"]["boxes"] for r in records]
     sizes = np.repeat(np.array([r["size"] for r in records]).reshape(-1, 2), [*map(len, boxes)], 0)
     boxes = np.concatenate([*boxes, np.zeros((0, 4))])
@@ -334,10 +320,11 @@ def doubt_boxes(path, records):
         if values.any() and np.quantile(np.abs(values), 0.95) <= 1.05 and sizes.min() > 2:
             raise InputError(f"{path}: its {what} are fractions of the photo; they must be in "
                              "pixels: multiply x by the width, y by the height")
-    beyond = int((boxes[:, [3, 2]] > 1.05 * sizes + 1).any(1).sum())
-    if beyond > max(5, 0.05 * len(boxes)):
-        note(f"note: {path}: {beyond} of {len(boxes)} boxes reach beyond their photo; a bbox is x, "
-             "y, width, height")
+    outside = (boxes[:, [1, 0]] >= sizes).any(1) | (boxes[:, [3, 2]] > 2 * sizes + 2).any(1)
+    beyond = outside | (boxes[:, [3, 2]] > 1.05 * sizes + 1).any(1)
+    if outside.any() or beyond.sum() > max(5, 0.05 * len(boxes)):
+        note(f"note: {path}: {beyond.sum()} of {len(boxes)} boxes reach beyond their photo; a bbox "
+             "is x, y, width, height, in pixels")
 
 
 def stacked(objects, count, masks):

@@ -325,16 +325,21 @@ def hold_out(root, source):
 
 
 def shows(record):
-    """Whether a photo shows an object that can be learned, and graded: no crowd, with some of its
-    box inside the photo, and with a labelled joint if there are joints. True where that is not
-    known before a file is read."""
+    """Whether a photo shows an object that can be learned and graded. True where that is not known
+    before a file is read."""
     if "segments" in record:
         return bool((record["segments"][:, 2] == 0).any())
-    if "labels" not in record:
-        return True
+    return "labels" not in record or not np.any([*left_out(record).values()], 0).all()
+
+
+def left_out(record):
+    """Objects of a photo that nobody learns and nobody grades: {the reason: bool [N]}."""
     labels, size = record["labels"], record["size"][::-1]
     boxes = labels["boxes"]
-    good = ~labels["iscrowd"] & (boxes[:, 2:].clip(0, size) > boxes[:, :2].clip(0, size)).all(1)
+    found = {"crowds (iscrowd 1)": labels["iscrowd"],
+             "without area": (boxes[:, 2:] <= boxes[:, :2]).any(1),
+             "outside their photo": (boxes[:, 2:].clip(0, size)
+                                     <= boxes[:, :2].clip(0, size)).any(1)}
     if "keypoints" in labels:
-        good &= (labels["keypoints"][..., 2] > 0).any(1)
-    return bool(good.any())
+        found["without a labelled joint"] = ~(labels["keypoints"][..., 2] > 0).any(1)
+    return found

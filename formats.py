@@ -158,13 +158,13 @@ def class_values(root, found, names, first, ignore, on_error):
     if not values:
         raise InputError(f"--data {root}: no label of a class in it")
     if len(values) == 1:
-        way = 'the background is a class too: make "background" the first line of classes.txt' \
-            if seen <= {0, 1, IGNORE} and 0 in seen else "without classes.txt, --first-label and " \
-            "--ignore-label all values but 255 are classes"
+        way = "without classes.txt, --first-label and --ignore-label all values but 255 are classes"
         if first:
             way = "leave out --first-label, and 0 is a class too"
-        if seen == {values[0], IGNORE} and not names:
+        elif seen == {values[0], IGNORE} and not names:
             way = "255 means no class; save what it marks with another value"
+        elif 0 in seen <= {0, 1, IGNORE}:
+            way = 'the background is a class too: make "background" the first line of classes.txt'
         raise InputError(f"--data {root}: one class alone ({names[0] if names else values[0]}) is "
                          f"no segmentation; its label maps have the values {sorted(seen)[:8]}; "
                          f"{way}")
@@ -177,17 +177,14 @@ def refuse_doubtful(root, counts):
     total, pixels = sum(counts), sum(c.sum() for c in counts)
     between = [v for v in np.flatnonzero(total).tolist() if v not in (0, IGNORE)]
     rest = total[between].sum()
-    if total[IGNORE] > 0.01 * pixels and between:
-        # classes have small numbers; edges between 0 and 255 have all, or a few far apart
-        if len(between) > 2 and max(between) > 150 and rest < total[IGNORE]:
-            raise InputError(f"--data {root}: its label maps are 0 and 255 with {len(between)} "
-                             "values between: were they resized with interpolation? Resize them "
-                             "again with nearest neighbours, or set each pixel to the nearer one; "
-                             "if the values are classes and 255 is none, --ignore-label 255")
-        if rest < 0.001 * pixels:
-            raise InputError(f"--data {root}: its label maps are 0 and 255, but for {rest} pixels "
-                             f"of the values {between[:8]}; correct those, or give --ignore-label "
-                             "255 if 255 is no class")
+    # classes have small numbers; edges between 0 and 255 have all, or a few far apart
+    edges = len(between) > 2 and max(between) > 150 and (
+        rest < total[IGNORE] or len(between) > 20 and rest < 0.05 * pixels)
+    if total[IGNORE] and edges or total[IGNORE] > 0.01 * pixels and 0 < rest < 0.001 * pixels:
+        raise InputError(f"--data {root}: its label maps are 0 and 255, but for {rest} pixels of "
+                         f"{len(between)} values, {between[:3]}: were they resized with "
+                         "interpolation? Set each pixel to the nearer of the two, or resize again "
+                         "with nearest neighbours; if 255 is no class, --ignore-label 255")
     parts = [set(np.flatnonzero(c).tolist()) for c in counts]
     for one, other in (parts, parts[::-1]) if len(parts) == 2 else ():
         if one == {0, IGNORE} and IGNORE not in other and len(other) > 1:

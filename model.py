@@ -15,6 +15,7 @@ Letters in the shape comments
     h  heads, d channels a head   Q  queries, K keys of an image, L decoder layers
 """
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from functools import cache
 
@@ -173,29 +174,35 @@ def resize_bias_table(table, window):
     return grid.reshape(table.shape[1], -1).t().contiguous()
 
 
-def swin_from_torchvision(state, config):
-    """torchvision's SwinTransformer state dict -> ours (any window size, any map size).
+def swin_from_others(state, config):
+    """A Swin's state dict as torchvision, timm or the official repositories name it -> (ours, whose
+    names they were), any window size, any map size.
 
     The norms of stages 1-3 do not exist there (a classifier reads stage 4 only): left out.
     """
-    out, names = {}, {"attn.relative_position_bias_table": "attn.bias_table", "mlp.3": "mlp.2"}
+    late = "layers.0.downsample.reduction.weight" in state
+    whose = "torchvision" if not any(k.startswith("layers.") for k in state) else \
+        "the official repository" if late else "timm"
+    out, names = {}, {
+        "attn.relative_position_bias_table": "attn.bias_table",
+        "mlp.3": "mlp.2", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2",
+        "features.0.0": "embed", "features.0.2": "embed_norm",
+        "patch_embed.proj": "embed", "patch_embed.norm": "embed_norm"}
+    for i in range(len(config.depths)):
+        names |= {f"features.{2 * i + 1}": f"stages.{i}", f"layers.{i}.blocks": f"stages.{i}",
+                  # timm merges at the beginning of a stage, all others at the end
+                  f"features.{2 * i + 2}": f"merges.{i}",
+                  f"layers.{i if late else i + 1}.downsample": f"merges.{i}"}
     for key, value in state.items():
-        if key.startswith("head.") or key.endswith("relative_position_index"):
-            continue
-        for theirs, ours in names.items():
-            key = key.replace(theirs, ours)
-        parts = key.split(".")
-        if parts[0] == "norm":
-            out["norms.3." + parts[1]] = value
-        elif parts[1] == "0":
-            name = "embed." if parts[2] == "0" else "embed_norm."
-            out[name + parts[3]] = value.flatten(1) if value.ndim == 4 else value
-        elif int(parts[1]) % 2 == 1:
-            out[".".join(["stages", str(int(parts[1]) // 2), *parts[2:]])] = value
-        else:
-            out[".".join(["merges", str(int(parts[1]) // 2 - 1), *parts[2:]])] = value
+        for theirs, own in names.items():
+            key = re.sub(rf"(^|\.){re.escape(theirs)}(\.|$)", rf"\1{own}\2", key)
+        if key.startswith("norm."):
+            key = "norms.3." + key.removeprefix("norm.")
+        if key.split(".")[0] in ("embed", "embed_norm", "stages", "merges", "norms") and \
+                not key.endswith(("relative_position_index", "attn_mask")):
+            out[key] = value.flatten(1) if value.ndim == 4 else value
     return {k: resize_bias_table(v, config.window) if k.endswith("bias_table") else v
-            for k, v in out.items()}
+            for k, v in out.items()}, whose
 
 
 # -----------------------------------------------------------------------------

@@ -34,7 +34,12 @@ UPPER = np.arange(17) < 11          # of COCO's joints those from the nose to th
 # What the names of the joints tell
 
 
-SIDES = (("left", "right"), ("l", "r"), ("lt", "rt"))
+# in a name the side may be a word, any left and right, one of two letters (LF: left front), the
+# first letter or the last; the surest first
+SIDES = ("(?<![a-z])(left|right|lt|rt|l|r)(?![a-z])", "left|right",
+         "(?<![a-z])[lr](?=[a-km-qs-z](?![a-z]))|(?<=(?<![a-z])[a-km-qs-z])[lr](?![a-z])",
+         "^[lr]", "(?<=...)[lr]$")
+SWAP = dict(left="right", right="left", lt="rt", rt="lt", l="r", r="l")
 
 
 def flip_order(names, pairs=None):
@@ -46,40 +51,25 @@ def flip_order(names, pairs=None):
     """
     order = list(range(len(names)))
     if pairs:
-        known = {str(n).lower(): i for i, n in enumerate(names)} | {
-            str(i + 1): i for i in order if str(i + 1) not in map(str, names)}
+        known = {str(n).lower(): i for i, n in enumerate(names)}
+        if not any(map(str.isdigit, known)):                # else numbers are names
+            known |= {str(i + 1): i for i in order}
         for pair in pairs.split(","):
             ends = [known.get(w.strip().lower()) for w in pair.split("-")]
             if len(ends) != 2 or None in ends or ends[0] == ends[1] or any(
                     order[i] != i for i in ends):
                 raise InputError(f"--flip-pairs {pair}: two joints of {', '.join(names)}, with a - "
-                                 "between them, or their numbers from 1; each joint once")
+                                 "between them, or, if no name is one, numbers from 1; each once")
             order[ends[0]], order[ends[1]] = ends[1], ends[0]
         return order
     spelled = [re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", n) for n in names]
     for i, name in enumerate(spelled):
-        for other in in_a_mirror(name):
+        for side in SIDES:
+            other = re.sub(side, lambda m: SWAP[m[0]], name.lower())
             matches = [j for j, n in enumerate(spelled) if n.lower() == other and j != i]
             if order[i] == i and len(matches) == 1:
                 order[i] = matches[0]
     return [j if order[j] == i else i for i, j in enumerate(order)]
-
-
-def in_a_mirror(name):
-    """What a name may be called in a mirror, the surest first."""
-    swap = {a: b for pair in SIDES for a, b in (pair, pair[::-1])}
-    words = re.split("([^a-zA-Z]+)", name)
-    whole = [swap.get(w.lower(), w.lower()) for w in words]
-    yield "".join(whole)
-    yield re.sub("left|right", lambda m: swap[m[0]], name.lower())
-    # LF and FL: left front
-    two = [len(w) == 2 and sum(c in "lr" for c in w.lower()) == 1 for w in words]
-    yield "".join("".join(swap.get(c, c) for c in w.lower()) if t else w.lower()
-                  for w, t in zip(words, two))
-    if name[:1].lower() in "lr":
-        yield swap[name[0].lower()] + name[1:].lower()
-    if len(name) > 3 and name[-1].lower() in "lr":
-        yield name[:-1].lower() + swap[name[-1].lower()]
 
 
 def require_sides(path, names, flip, keypoints):

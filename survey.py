@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-from files import IGNORE, InputError, opened, shows
+from files import IGNORE, InputError, left_out, opened, shows
 from pose import flip_order
 
 LOOKED_AT = 200                         # label maps of a part whose pixels are counted
@@ -31,23 +31,26 @@ def lines(args, train, val):
         source = dataset.source
         records = getattr(source, "records", None)          # ToyWorld and bare photos have none
         if records and "labels" in records[0]:
-            found += objects(part, source, train)
+            found += objects(part, source)
         elif records and "segments" in records[0]:
             found += segments(part, source)
-        elif records and hasattr(source, "classes") and args_want(args, "semantic"):
+        elif records and "semantic" in getattr(args, "tasks", ()):
             found += pixels(part, source, args)
     found += depths(train.source) + twice(train.source, val.source)
     return found + limits(args, train) + mirrors(args, train)
-
-
-def args_want(args, task):
-    return task in getattr(args, "tasks", ())
 
 
 def some(words, most=24):
     """The first words and the last, if they are many."""
     words = list(words)
     return ", ".join(words if len(words) <= most else [*words[:most - 2], "...", words[-1]])
+
+
+def shares(names, counts, total):
+    """Of classes, those that occur with their share, then those that do not."""
+    share = [f"{name} {n / total:.1%}" for name, n in zip(names, counts) if n]
+    missing = [name for name, n in zip(names, counts) if not n]
+    return some(share, 12) + f"; none of {some(missing, 8)}" * bool(missing)
 
 
 def names(train):
@@ -63,53 +66,34 @@ def names(train):
     return found
 
 
-def objects(part, source, train):
+def objects(part, source):
     """Of boxes, masks or joints: how many of what, and how many a rule leaves out."""
     every = [r["labels"] for r in source.records]
-    crowd = np.concatenate([x["iscrowd"] for x in every])
-    boxes = np.concatenate([x["boxes"] for x in every])
+    kinds = ["with joints"] if source.joints else source.classes
     classes = np.concatenate([x["classes"] for x in every])
-    size = np.repeat([r["size"] for r in source.records], [len(x["boxes"]) for x in every], 0)
-    size = size.reshape(-1, 2)
-    low, high = boxes[:, :2].clip(0, size[:, ::-1]), boxes[:, 2:].clip(0, size[:, ::-1])
-    flat = ~crowd & ((boxes[:, 2:] <= boxes[:, :2]).any(1))
-    outside = ~crowd & ~flat & (high <= low).any(1)
-    left = {"crowds (iscrowd 1)": crowd, "outside their photo": outside, "without area": flat}
-    if "keypoints" in every[0]:
-        joints = np.concatenate([x["keypoints"][..., 2] for x in every])
-        left["without a labelled joint"] = ~crowd & ~(joints > 0).any(1)
-    kept = ~np.any(list(left.values()), 0)
-    kinds = source.classes if "keypoints" not in every[0] else ("with joints",)
+    reasons, kept, told = [*map(left_out, source.records)], np.ones(len(classes), bool), []
+    for what in reasons[0]:                                 # the first reason counts
+        gone = kept & np.concatenate([r[what] for r in reasons])
+        kept &= ~gone
+        told += [f"{gone.sum()} {what}"] * bool(gone.any())
     counts = np.bincount(classes[kept], minlength=len(kinds))
-    share = [f"{name} {n / max(1, kept.sum()):.1%}" for name, n in zip(kinds, counts) if n]
-    missing = [name for name, n in zip(kinds, counts) if not n]
-    shown = sum(map(shows, source.records))
-    gone = [f"{n.sum()} {what}" for what, n in left.items() if n.any()]
-    found = [f"{part}: {kept.sum()} objects in {shown} of {len(every)} photos: {some(share, 12)}"
-             + f"; none of {some(missing, 8)}" * bool(missing)
-             + "; left out: " * bool(gone) + ", ".join(gone)]
+    found = [f"{part}: {kept.sum()} objects in {sum(map(shows, source.records))} of {len(every)} "
+             f"photos: {shares(kinds, counts, kept.sum())}"
+             + "; left out: " * bool(told) + ", ".join(told)]
+    crowd = np.concatenate([x["iscrowd"] for x in every])
     if crowd.mean() > 0.1:
         found.append(f"note: {crowd.mean():.0%} of the {part} objects are crowds, which teach "
                      "nothing and are graded nothing; some tools write iscrowd 1 for whatever is "
                      "painted: if it is that, set it to 0 in the JSON")
-    huge = (boxes[:, 2:] > 2 * size[:, ::-1] + 2).any(1)
-    for wrong, what in ((outside, "lie wholly outside their photo"),
-                        (huge & ~outside, "reach to more than twice the size of their photo")):
-        if wrong.any():
-            found.append(f"note: {wrong.sum()} {part} boxes {what}: are they in pixels, as x, y, "
-                         "width, height?")
     return found
 
 
 def segments(part, source):
     """Of panoptic maps: how many segments of what."""
     every = np.concatenate([r["segments"] for r in source.records])         # id, class, iscrowd
-    crowd = every[:, 2] > 0
-    counts = np.bincount(every[~crowd, 1], minlength=len(source.classes))
-    share = [f"{name} {n / max(1, counts.sum()):.1%}" for name, n in zip(source.classes, counts)
-             if n]
-    return [f"{part}: {counts.sum()} segments: {some(share, 12)}"
-            + f"; left out: {crowd.sum()} crowds" * bool(crowd.any())]
+    counts = np.bincount(every[every[:, 2] == 0, 1], minlength=len(source.classes))
+    return [f"{part}: {sum(counts)} segments: {shares(source.classes, counts, sum(counts))}; left "
+            f"out: {len(every) - sum(counts)} crowds"]
 
 
 def pixels(part, source, args):
@@ -123,18 +107,13 @@ def pixels(part, source, args):
         except InputError:
             if args.on_error == "stop":
                 raise
-    total = max(1, count.sum())
-    share = [f"{name} {n / total:.1%}" for name, n in zip(source.classes, count) if n]
-    missing = [name for name, n in zip(source.classes, count) if not n]
-    found = [f"{part}: pixels of {seen} of {len(source)} label maps: {some(share, 12)}; no class "
-             f"{count[IGNORE] / total:.1%}" + f"; none of {some(missing, 8)}" * bool(missing)]
-    if np.count_nonzero(count[:IGNORE]) < 2:
-        found.append(f"note: only one class has pixels in the {part} part; what else there is is "
-                     "255, --ignore-label, or less than --first-label, which is no class")
-    elif count[IGNORE] > 0.3 * total:
-        found.append(f"note: {count[IGNORE] / total:.0%} of the {part} pixels are no class (255, "
-                     "--ignore-label, or less than --first-label): is that meant? If 255 is a "
-                     "class, save it with another value")
+    none, total = count[IGNORE] / max(1, count.sum()), count.sum()
+    found = [f"{part}: pixels of {seen} of {len(source)} label maps: no class {none:.1%}, "
+             f"{shares(source.classes, count[:IGNORE], total)}"]
+    if np.count_nonzero(count[:IGNORE]) < 2 or none > 0.3:
+        found.append(f"note: {np.count_nonzero(count[:IGNORE])} classes have pixels in the {part} "
+                     f"part, {none:.0%} are no class: 255, --ignore-label, or less than "
+                     "--first-label. Is that meant? If 255 is a class, save it with another value")
     return found
 
 

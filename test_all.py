@@ -144,7 +144,7 @@ def test_swin_equals_torchvision():
                         ("swin_b", {})):
         theirs = noisy(getattr(torchvision.models, name)().eval())
         ours = GLID(Config(window=7, **sizes)).eval()
-        state = M.swin_from_torchvision(theirs.state_dict(), ours.config)
+        state = M.swin_from_others(theirs.state_dict(), ours.config)[0]
         own = ours.backbone.state_dict()
         assert own.keys() - state.keys() == {f"norms.{i}.{w}" for i in range(3)
                                              for w in ("weight", "bias")}
@@ -413,7 +413,7 @@ def test_bias_table_resizes():
     assert_close(big.view(23, 23, 3)[11, 11], table.view(13, 13, 3)[6, 6], 1e-5)
     theirs = torchvision.models.swin_t()
     ours = GLID(Config(window=6, width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24)))
-    state = M.swin_from_torchvision(theirs.state_dict(), ours.config)
+    state = M.swin_from_others(theirs.state_dict(), ours.config)[0]
     ours.backbone.load_state_dict(ours.backbone.state_dict() | state)
     images = torch.randn(1, 3, 100, 61)
     assert torch.isfinite(ours.encode(images, whole(ours.config, images))[0]).all()
@@ -3579,6 +3579,10 @@ def test_no_photo_stands_in_for_another():
         with folder() as at:
             names = [f"{prefix}{s}/{i}.jpg" for s in "ab" for i in range(2)]
             assert opened(at, names, many) == dict(enumerate(many)), prefix
+    with folder() as at:                # the same photo, named with its folder and without
+        names = ["0.jpg", "1.jpg", "images/0.jpg", "images/1.jpg"]
+        assert opened(at, names, {"images/0.jpg": 0, "images/1.jpg": 0}) == dict(enumerate(
+            ["images/0.jpg", "images/1.jpg"] * 2))
     for places, names in ((["train/0.jpg", "train/1.jpg"], ["0.jpg", "1.jpg"]),
                           (["test/0.jpg", "test/1.jpg"], ["0.jpg", "1.jpg"])):
         with folder() as at:            # the other part's folder, if they are nowhere else
@@ -3643,6 +3647,9 @@ def test_joints_of_other_animals():
     names = "leftHip rightHip L_eye R_eye LEye2 REye2 paw_front_left paw_front_right lshoulder " \
             "rshoulder lip rip tail LH RH elbow_L elbow_R lefty FL_toe FR_toe hand_lt hand_rt " \
             "earl earr fl_heel fr_heel".split()
+    assert pose.flip_order(list("01234"), "1-2") == [0, 2, 1, 3, 4]     # names, not numbers
+    with raises(InputError, "--flip-pairs 1-5"):
+        pose.flip_order(list("01234"), "1-5")
     order = pose.flip_order(names)
     pairs = {(names[i], names[j]) for i, j in enumerate(order) if i < j}
     lefts = (0, 2, 4, 6, 8, 10, 13, 15, 18, 20, 22, 24)
@@ -3738,6 +3745,12 @@ def test_label_maps_of_other_people():
             for n in range(3):
                 small = disc.rotate(7 * n).resize((64, 48), Image.BICUBIC)
                 small.save(at / f"labels/{part}/{n}.png")
+        assert "interpolation" in told(finetune_seg, at)
+        for path in at.glob("labels/*/*.png"):                  # objects that cover little
+            small = Image.new("L", (640, 480))
+            small.paste(Image.open(path).resize((24, 18), Image.BICUBIC), (8, 8))
+            small.save(path)
+            write_photo(at / f"images/{path.parent.name}/{path.name}", (640, 480))
         assert "interpolation" in told(finetune_seg, at)
     with folder() as at:
         write_maps(at, both(0, 1), "masks")
@@ -4005,7 +4018,7 @@ def test_backbones_of_others():
             with contextlib.redirect_stdout(io.StringIO()) as said:
                 state = training.Run(torch.device("cpu"))
                 checkpoints.load_backbone(net, f"{at}/{name}.pth", state)
-            expected = M.swin_from_torchvision(theirs, config)
+            expected = M.swin_from_others(theirs, config)[0]
             for k, v in expected.items():
                 assert_close(net.backbone.state_dict()[k], v, 1e-3 if name == "half" else 1e-9, k)
             assert "window of 7 resized to 6" in said.getvalue()
@@ -4014,7 +4027,7 @@ def test_backbones_of_others():
         torch.save({"model": theirs, "config": argparse.Namespace()}, at / "config.pth")
         for name, words in (("ours.pt", "--load backbone"), ("other.pth", "no Swin"),
                             ("config.pth", "weights_only=False"), ("none.pth", "no such file"),
-                            ("page.pth", "no file of torch.save")):
+                            ("page.pth", "not written by torch.save")):
             (at / "page.pth").write_bytes(b"<!DOCTYPE html><html>")
             with raises(InputError, "--init-backbone", name, words):
                 checkpoints.load_backbone(GLID(config), str(at / name), None)
