@@ -51,7 +51,7 @@ def flags():
     add("--many-queries", type=training.COUNT, default=1500, help="one-to-many queries [paper]")
     add("--repeats", type=positive, default=6, help="one-to-many queries matched to an object")
     add("--weight-decay", type=training.number(float, 0), default=0.05,
-        help="as H-DETR with a Swin; 1e-4 with its ResNet")
+        help="as pre-training, and three of H-DETR's Swins; 1e-4 in most of its configurations")
     add("--clip", type=training.RATE, default=0.1, help="gradient norm")
     add("--eval-every", type=positive, default=5000, help="steps between evaluations")
     parser.set_defaults(batch_size=2, out="out/detection", lr=2e-4, backbone_lr=0.1,
