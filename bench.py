@@ -35,15 +35,15 @@ from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-import cocomask
 import data
 import pose
-import toyexport
 from data import hidden_units, seeded
 from finetune_det import group_losses
-from layout import Layout, whole
+from formats import export
+from formats.masks import mask
 from losses import reconstruction_loss
 from model import PRESETS, Config, Detector, Pretrainer
+from tokens import Layout, whole
 from training import pick_device, precision, run
 
 # what a part times besides "dense"
@@ -212,7 +212,7 @@ def read_pil(source, index, labels=True):
         if "shapes" in record:                              # torchvision's way: a mask an object
             masks = np.zeros((len(record["shapes"]), *size), np.uint8)
             for out, shape in zip(masks, record["shapes"]):
-                out[:] = cocomask.mask(shape, *size)
+                out[:] = mask(shape, *size)
             sample["masks"] = tv_tensors.Mask(masks)
     return sample
 
@@ -287,7 +287,7 @@ def loading_against_torchvision(args, count=32):
             for name, layout in (("imagenet", "imagenet"), ("coco", "coco"), ("nyu", "nyu"),
                                  ("ADEChallengeData2016", "ade20k")):
                 for split in ("train", "val"):
-                    toyexport.export(Path(folder, name), layout, count, 640, 0, split)
+                    export.export(Path(folder, name), layout, count, 640, 0, split)
         torch.set_num_threads(1)
         result = {}
         for name, ours, theirs in loaders(args.data or folder):

@@ -1,7 +1,7 @@
 """
 From files (or ToyWorld) to batches: reading photos, joint augmentation, padding.
 
-A data set is opened by open_pretraining(), open_segmentation(), ... from a folder (formats.py) or
+A data set is opened by open_pretraining(), open_segmentation(), ... from a folder (formats/) or
 the word "toyworld". Its samples are addressed by (epoch, index); every random choice of a sample
 (crop, flip, colours, which units are hidden) is drawn from a generator seeded with (seed, epoch,
 index), so it is the same for any number of workers or processes, and after a resume.
@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 import pose
 import toyworld
-from coco import an_id
-from cocomask import unstack
-from files import IGNORE, SPLITS, InputError, list_images, read_image, read_view
-from formats import DEPTHS, LABELS, PHOTOS, open_folder, readable, split_folders
-from layout import Layout
+from formats.coco import an_id
+from formats.files import IGNORE, SPLITS, InputError, list_images, read_image, read_view
+from formats.folders import DEPTHS, LABELS, PHOTOS, open_folder, readable, split_folders
+from formats.masks import unstack
+from tokens import Layout
 
 
 def mix(*numbers):
@@ -162,7 +162,7 @@ class ToyWorld:
 
     @property
     def ids(self):
-        """Image ids, as in the files that toyexport.py writes."""
+        """Image ids, as in the files that formats/export.py writes."""
         return list(range(len(self.samples)))
 
     def labels(self, index):
@@ -183,7 +183,7 @@ def toy_count(path, default):
 def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop", **reading):
     """(training, validation) source of annotated samples for fine-tuning.
 
-    path: "toyworld[:COUNT]" or a folder in one of the layouts of formats.py; size: px of ToyWorld's
+    path: "toyworld[:COUNT]" or a folder in one of formats/folders.py's layouts; size: px of ToyWorld's
     photos; keys: the annotations to keep; fraction: the share of the training samples to use, of
     ToyWorld the first ones, of a folder a random choice, always the same, larger ones containing
     smaller ones; overfit: validate on the training samples; on_error "skip": leave out what is
@@ -428,7 +428,7 @@ def find_objects(task, sample, things):
 
 def find_instances(sample, things):
     """The things of a photo: labels int64 [N], layers [L, H, W] of the numbers 1..N (see
-    cocomask.stack), iscrowd bool [N].
+    formats/masks.py), iscrowd bool [N].
 
     From "layers", which may hold overlapping things, "classes" int64 [N], "iscrowd" [N]; without
     them those of the panoptic map that have a pixel (left): one map is faster to augment than N

@@ -6,7 +6,7 @@ Stage 2: depth from one photo with the whole pre-trained GLID; M queries ask for
     python finetune_depth.py --preset tiny --data toyworld:8 --batch-size 8 --overfit --out out/fit
 Defaults are the paper's recipe (38.4 k steps of 16 images, 64 queries, 8 processes):
     torchrun --nproc_per_node=8 finetune_depth.py --data nyu/ --eigen-crop --init out/base/best.pt
---data: NYU-Depth-v2 with BTS's file lists, or pairs of photo and 16-bit PNG; see formats.py.
+--data: NYU-Depth-v2 with BTS's file lists, or pairs of photo and 16-bit PNG; see docs/data.md.
 
 Loss, augmentation, schedule and test are BinsFormer's. Without its losses on inner layers and its
 scene classifier: the paper names one loss, the scale-invariant one. OUT holds last.pt, best.pt (by

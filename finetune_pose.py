@@ -25,11 +25,11 @@ import draw
 import pose
 import training
 from data import PERSON, InputError, collate, collate_photos, mix, open_pose
-from layout import whole
 from losses import heatmap_loss
 from metrics import OKS_SIGMAS, AveragePrecision
 from model import PoseEstimator, normalize
 from survey import survey
+from tokens import whole
 
 DROPS = (170 / 210, 200 / 210)              # shares of the run: ViTPose's epochs 170 and 200 of 210
 SHOWN = ("AP", "AP50", "AP75", "APm", "APl", "AR")

@@ -9,7 +9,7 @@ Defaults are the paper's recipe (160 k steps of 16 images at 640 px, 100 queries
 for instance and panoptic segmentation, 8 processes):
     torchrun --nproc_per_node=8 finetune_seg.py --init out/base/best.pt --data ADEChallengeData2016
     torchrun --nproc_per_node=8 finetune_seg.py --init out/base/best.pt --data coco --tasks instance
---data: ADE20K's or COCO's folder, any in their formats, or photos and label PNGs; see formats.py.
+--data: ADE20K's or COCO's folder, any in their formats, or photos and label PNGs; see docs/data.md.
 Several tasks share everything but their heads and e_i, and every batch evenly (Table 3).
 
 Losses, augmentation, schedule and inference are Mask2Former's, without its masked attention, which

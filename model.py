@@ -5,7 +5,7 @@ Every task is Eq. 1 of the paper, P = H(Dec(Q, Enc(x))): an image goes in, queri
 layer answers. Pre-training asks "which pixels are hidden at this place?", detection "which object
 are you?"; only the queries' offsets and the last linear layer differ between tasks.
 
-Read top to bottom: Config, Swin, BiFPN, Decoder, GLID, heads; layout.py says where tokens live.
+Read top to bottom: Config, Swin, BiFPN, Decoder, GLID, heads; tokens.py says where tokens live.
 
 Letters in the shape comments
     B  images in the batch        n  visible units (32x32 px) of the whole batch
@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layout import Pick, inside, sine_position
+from tokens import Pick, inside, sine_position
 
 # -----------------------------------------------------------------------------
 # Config

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from files import InputError, note
+from formats.files import InputError, note
 from metrics import OKS_SIGMAS, keypoint_overlaps
 from toyworld import KEYPOINTS
 

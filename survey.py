@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-from files import IGNORE, InputError, left_out, opened, shows
+from formats.files import IGNORE, InputError, left_out, opened, shows
 from pose import flip_order
 
 LOOKED_AT = 200                         # label maps of a part whose pixels are counted

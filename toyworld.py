@@ -5,8 +5,8 @@ them. scene(seed, index, size) draws one photo and, from the same geometry, its 
 masks, semantic and panoptic labels, metric depth and keypoints: exact, without a download.
 Colours overlap between the classes on purpose: shape, texture and context have to be learned.
 
-    python toyexport.py --preview sheet.png                       # look at it first
-    python toyexport.py --out data/toy --layout coco --count 100  # or imagenet, ade20k, nyu
+    python -m formats.export --preview sheet.png                       # look at it first
+    python -m formats.export --out data/toy --layout coco --count 100  # or imagenet, ade20k, nyu
 """
 import colorsys
 import math

@@ -169,7 +169,7 @@ def run(main, args):
         code, message = 128 + signal.SIGINT, "stopped before the first step; nothing to save"
     except (InputError, FloatingPointError) as error:
         # an error from a data process carries its traceback: the last line is ours
-        text = str(error).strip().splitlines()[-1].replace("files.InputError: ", "")
+        text = str(error).strip().splitlines()[-1].replace("formats.files.InputError: ", "")
         code, message = 2, f"error: {text}"
     except OSError as error:
         full = "; raise `ulimit -n`, or take fewer --workers" * (error.errno == errno.EMFILE)

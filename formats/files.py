@@ -221,7 +221,7 @@ class Source:
     of them things; category_ids: what the files call them; joints: names of the J keypoints.
     Labels, as far as asked for: boxes [N, 4] x1 y1 x2 y2, classes int64 [N], iscrowd bool [N], area
     [N] as the file says, keypoints [N, J, 3] x y v (the centre of pixel i at i), masks as layers
-    [L, H, W], see cocomask.stack; semantic uint8 [H, W], IGNORE = no class; panoptic [H, W] of
+    [L, H, W], see masks.stack; semantic uint8 [H, W], IGNORE = no class; panoptic [H, W] of
     segment ids, 0 = void, segments int64 [S, 3] of id, class, crowd; depth float [H, W] metres, 0 =
     not measured.
     """

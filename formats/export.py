@@ -1,8 +1,8 @@
 """ToyWorld on disk, in the official layouts, so that every real loader can be tried without a
 download; and a contact sheet to look at.
 
-    python toyexport.py --preview sheet.png
-    python toyexport.py --out data/toy --layout coco --count 100  # or imagenet, ade20k, nyu
+    python -m formats.export --preview sheet.png
+    python -m formats.export --out data/toy --layout coco --count 100  # or imagenet, ade20k, nyu
 """
 import argparse
 import json

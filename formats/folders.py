@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from coco import coco_instances, coco_panoptic, open_coco, panoptic_labels, require
-from files import (
+from formats.coco import coco_instances, coco_panoptic, open_coco, panoptic_labels, require
+from formats.files import (
     IGNORE,
     LABELS,
     SPLITS,

@@ -13,8 +13,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-import cocomask
-from files import (
+from formats.files import (
     IGNORE,
     LABELS,
     SPLITS,
@@ -28,6 +27,7 @@ from files import (
     read_numbers,
     refuse,
 )
+from formats.masks import mask, stack
 from toyworld import KEYPOINTS
 
 # what an entry raises that is not as it should be
@@ -345,10 +345,10 @@ def read_objects(path, masks, record):
         def drawn():
             for shape, name in zip(record["shapes"], record["names"]):
                 try:
-                    yield cocomask.mask(shape, *size)
+                    yield mask(shape, *size)
                 except BAD as error:
                     raise InputError(f"{path}: annotation {name}: {error}") from None
-        labels["layers"] = cocomask.stack(drawn(), len(record["shapes"]), *size)
+        labels["layers"] = stack(drawn(), len(record["shapes"]), *size)
     return labels, size
 
 
