@@ -43,17 +43,18 @@ def flags():
     parser = training.Parser(__doc__)
     training.add_flags(parser)
     training.add_finetune_flags(parser)
-    add, positive = parser.add_argument, training.POSITIVE
-    add("--epochs", type=positive, default=50, help="[paper]")
-    add("--size", type=training.PIXELS, default=800, help="shortest side at test, the largest "
-        "shortest side at training")
-    add("--queries", type=positive, default=300, help="one-to-one queries [paper]")
-    add("--many-queries", type=training.COUNT, default=1500, help="one-to-many queries [paper]")
-    add("--repeats", type=positive, default=6, help="one-to-many queries matched to an object")
-    add("--weight-decay", type=training.number(float, 0), default=0.05,
-        help="as pre-training, and three of H-DETR's Swins; 1e-4 in most of its configurations")
-    add("--clip", type=training.RATE, default=0.1, help="gradient norm")
-    add("--eval-every", type=positive, default=5000, help="steps between evaluations")
+    _, _, model, optimiser, evaluation = parser.adders()
+    positive = training.POSITIVE
+    model("--size", type=training.PIXELS, default=800, help="px, shortest side at test, the "
+          "largest shortest side at training")
+    model("--queries", type=positive, default=300, help="one-to-one queries [paper]")
+    model("--many-queries", type=training.COUNT, default=1500, help="one-to-many queries [paper]")
+    model("--repeats", type=positive, default=6, help="one-to-many queries matched to an object")
+    optimiser("--epochs", type=positive, default=50, help="length of the schedule [paper]")
+    optimiser("--weight-decay", type=training.number(float, 0), default=0.05,
+              help="as pre-training, and three of H-DETR's Swins; most of its others have 1e-4")
+    optimiser("--clip", type=training.RATE, default=0.1, help="gradient norm")
+    evaluation("--eval-every", type=positive, default=5000, help="steps between evaluations")
     parser.set_defaults(batch_size=2, out="out/detection", lr=2e-4, backbone_lr=0.1,
                         drop_path=0.2)
     return parser

@@ -51,24 +51,24 @@ def flags():
     parser = training.Parser(__doc__)
     training.add_flags(parser)
     training.add_finetune_flags(parser)
-    add = parser.add_argument
-    positive = training.POSITIVE
-    add("--epochs", type=positive, default=210, help="length of the schedule [paper]")
-    add("--warmup-steps", type=positive, default=500, help="linear, from 0.001 of --lr")
-    add("--size", type=positive, nargs=2, default=[256, 192], metavar=("H", "W"),
-        help="px of a person's crop")
-    add("--sigma", type=training.RATE, default=2.0, help="of the target Gaussians, heatmap px")
-    add("--zoom", type=training.number(float, 0, 0.9), default=0.5,
-        help="spread of the crop's scale around 1")
-    add("--rotation", type=training.number(float, 0, 90), default=40.0,
-        help="spread of the crop's angle, degrees")
-    add("--boxes", help="a detector's persons in the validation photos, COCO's results format "
-        "(JSON); default: the true boxes")
-    add("--flip-pairs", help="joints that a mirror exchanges, if their names do not tell: "
-        "EARL-EARR,3-4; names, or numbers from 1")
-    add("--weight-decay", type=training.number(float, 0), default=0.1)
-    add("--clip", type=training.RATE, default=1.0, help="gradient norm")
-    add("--eval-every", type=positive, default=3000, help="steps between evaluations")
+    _, data, model, optimiser, evaluation = parser.adders()
+    positive, rate = training.POSITIVE, training.RATE
+    data("--zoom", type=training.number(float, 0, 0.9), default=0.5,
+         help="spread of the crop's scale around 1")
+    data("--rotation", type=training.number(float, 0, 90), default=40.0,
+         help="spread of the crop's angle, degrees")
+    data("--flip-pairs", help="joints that a mirror exchanges, if their names do not tell: "
+         "EARL-EARR,3-4; names, or numbers from 1")
+    model("--size", type=positive, nargs=2, default=[256, 192], metavar=("HEIGHT", "WIDTH"),
+          help="px of a person's crop")
+    model("--sigma", type=rate, default=2.0, help="of the target Gaussians, heatmap px")
+    optimiser("--epochs", type=positive, default=210, help="length of the schedule [paper]")
+    optimiser("--warmup-steps", type=positive, default=500, help="linear, from 0.001 of --lr")
+    optimiser("--weight-decay", type=training.number(float, 0), default=0.1, help="ViTPose's")
+    optimiser("--clip", type=rate, default=1.0, help="gradient norm")
+    evaluation("--eval-every", type=positive, default=3000, help="steps between evaluations")
+    evaluation("--boxes", help="a detector's persons in the validation photos, COCO's results "
+               "format (JSON); default: the true boxes")
     # ViTPose's recipe, but for its layer-wise decay of the learning rate, which was tuned for a
     # plain ViT; for Swin-B MMPose uses one rate for all layers. The paper does not say.
     parser.set_defaults(batch_size=64, out="out/pose", lr=5e-4, backbone_lr=1.0, drop_path=0.3)

@@ -63,23 +63,28 @@ def flags():
     parser = training.Parser(__doc__)
     training.add_flags(parser)
     training.add_finetune_flags(parser)
-    add = parser.add_argument
-    add("--tasks", type=task_names, default="semantic", help="some of semantic,instance,panoptic")
-    positive = training.POSITIVE
-    add("--size", type=training.PIXELS, default=640, help="training crop, shortest side at test")
-    add("--queries", type=lambda text: [positive(n) for n in text.split(",")], help="M, one number "
-        "or one for each of --tasks (default: 100, but 200 for instance and panoptic [paper])")
-    add("--points", type=positive, default=12544, help="sampled points per mask")
-    add("--weight-decay", type=training.number(float, 0), default=0.05)
-    add("--clip", type=training.RATE, default=0.01, help="gradient norm; Mask2Former's")
-    add("--eval-every", type=positive, default=5000, help="steps between evaluations")
-    share = training.number(float, 0, 1)
-    add("--object-threshold", type=share, default=0.8, help="panoptic: sure enough of its class")
-    add("--overlap-threshold", type=share, default=0.8, help="panoptic: owns enough of its mask")
+    _, data, model, optimiser, evaluation = parser.adders()
+    positive, share = training.POSITIVE, training.number(float, 0, 1)
     label = training.number(int, 0, 65535)
-    add("--first-label", type=label, help="in a folder of label PNGs, the first class's value; "
-        "less is no class (default: 1 in ADE20K's layout, else 0)")
-    add("--ignore-label", type=label, help="a value, besides 255, that is no class")
+    data("--first-label", type=label, help="in a folder of label PNGs, the first class's value; "
+         "less is no class (default: 1 in ADE20K's layout, else 0)")
+    data("--ignore-label", type=label, help="a value, besides 255, that is no class")
+    model("--tasks", type=task_names, default="semantic", metavar="TASKS", help="some of "
+          "semantic,instance,panoptic")
+    model("--size", type=training.PIXELS, default=640, help="px, training crop, shortest side at "
+          "test")
+    model("--queries", type=lambda text: [positive(n) for n in text.split(",")], help="M, one "
+          "number or one for each of --tasks (default: 100, but 200 for instance and panoptic "
+          "[paper])")
+    optimiser("--points", type=positive, default=12544, help="sampled points per mask")
+    optimiser("--weight-decay", type=training.number(float, 0), default=0.05,
+              help="Mask2Former's")
+    optimiser("--clip", type=training.RATE, default=0.01, help="gradient norm; Mask2Former's")
+    evaluation("--eval-every", type=positive, default=5000, help="steps between evaluations")
+    evaluation("--object-threshold", type=share, default=0.8, help="panoptic: sure enough of its "
+               "class")
+    evaluation("--overlap-threshold", type=share, default=0.8, help="panoptic: owns enough of its "
+               "mask")
     parser.set_defaults(batch_size=2, out="out/segmentation", steps=160_000, lr=1e-4,
                         backbone_lr=0.1, drop_path=0.3)
     return parser

@@ -40,15 +40,16 @@ def flags():
     """The command line; defaults are the paper's recipe."""
     parser = training.Parser(__doc__)
     training.add_flags(parser)
-    add = parser.add_argument
-    add("--epochs", type=training.POSITIVE, default=600, help="length of the schedule")
-    add("--warmup-epochs", type=training.number(float, 0), default=40, help="linear; MAE's 40")
-    add("--mask", choices=["random", "block", "grid"], default="random", help="strategy (Table 7)")
-    add("--mask-ratio", type=training.number(float, 0, 1), default=0.75,
-        help="share of the units that is hidden")
-    add("--norm-pix", action=argparse.BooleanOptionalAction, default=False,
-        help="targets normalised per unit, as MAE; off in the paper's text")
-    add("--weight-decay", type=training.number(float, 0), default=0.05)
+    _, data, model, optimiser, _ = parser.adders()
+    data("--mask", choices=["random", "block", "grid"], default="random", help="which units are "
+         "hidden (Table 7)")
+    data("--mask-ratio", type=training.number(float, 0, 1), default=0.75,
+         help="share of the units that is hidden")
+    model("--norm-pix", action=argparse.BooleanOptionalAction, default=False,
+          help="targets normalised per unit, as MAE; off in the paper's text")
+    optimiser("--epochs", type=training.POSITIVE, default=600, help="length of the schedule")
+    optimiser("--warmup-epochs", type=training.number(float, 0), default=40, help="linear; MAE's")
+    optimiser("--weight-decay", type=training.number(float, 0), default=0.05, help="[paper]")
     parser.set_defaults(batch_size=64, out="out/pretrain")
     return parser
 

@@ -4711,7 +4711,15 @@ def test_wrong_input_is_one_line():
 
 
 def test_flags():
-    """Presets change defaults, explicit flags win, the paper's recipe is the default."""
+    """Presets change defaults, explicit flags win, the paper's recipe is the default; --help shows
+    the defaults of the preset that it is given with."""
+    for script in (pretrain, *FINETUNING):
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+            training.parse(script.flags(), script.PRESETS, ["--preset", "tiny", "--help"])
+        text, tiny = shown.getvalue(), script.PRESETS["tiny"]
+        assert f"(default: {tiny['lr']})" in text and "(default: toyworld)" in text
+        assert all(f"\n{group}:" in text for group in training.GROUPS[:4])
     args = training.parse(pretrain.flags(), pretrain.PRESETS, ["--data", "x"])
     assert (args.preset, args.epochs, args.warmup_epochs) == ("base", 600, 40)
     assert args.mask_ratio == 0.75 and args.batch_size == 64

@@ -39,14 +39,37 @@ OLDEST = {"Python": (3, 10), "torch": (2, 6)}   # what is tested, as pyproject.t
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that keeps the paragraphs of a script's docstring and complains in one line."""
+    """argparse with the flags in GROUPS, which keeps the paragraphs of a script's docstring, shows
+    each default and complains in one line."""
 
     def __init__(self, description):
-        super().__init__(description=description,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(usage="%(prog)s [FLAGS]", description=description,
+                         formatter_class=Help)
+        self.groups = {name: self.add_argument_group(name) for name in GROUPS}
+
+    def adders(self):
+        """The function add_argument of each group, in the order of GROUPS."""
+        return [group.add_argument for group in self.groups.values()]
 
     def error(self, message):
         self.exit(2, f"error: {message}\n")
+
+
+GROUPS = ("what to run", "data", "model", "optimiser", "evaluation")
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Every default that is a value, as it stands after --preset."""
+
+    def _get_default_metavar_for_optional(self, action):
+        return "N" if action.type else action.dest.upper()
+
+    def _get_help_string(self, action):
+        value = action.default
+        if value is None or value is False or value is argparse.SUPPRESS:
+            return action.help
+        shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return f"{action.help or ''} (default: {shown})".replace("%", "%%").strip()
 
 
 def number(kind, low, high=math.inf, above=False):
@@ -69,52 +92,56 @@ RATE, SHARE = number(float, 0, above=True), number(float, 0, 1, above=True)
 
 
 def add_flags(parser):
-    """The flags all scripts share. Defaults are the paper's; --preset tiny changes some."""
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, default="base", help="model sizes (tiny: two CPU cores)")
-    add("--data", help="folder of the data set, or 'toyworld' (the default of tiny)")
-    add("--out", default=None, help="folder of checkpoints, log and pictures")
-    add("--resume", action="store_true", help="continue OUT exactly where its last.pt stands")
-    add("--eval", action="store_true", help="only evaluate OUT/best.pt")
-    add("--check", action="store_true", help="only say what the data set would teach")
-    add("--steps", type=POSITIVE, help="optimiser steps; overrides the schedule's length")
-    add("--batch-size", type=POSITIVE, help="images per process and micro-step")
-    add("--accumulate", type=POSITIVE, default=1, help="micro-steps per optimiser step")
-    add("--lr", type=RATE, help="peak learning rate, as is")
-    add("--save-every", type=POSITIVE, default=500, help="steps between checkpoints")
-    add("--workers", type=COUNT, default=4, help="data processes: read, augment, plan")
-    add("--seed", type=number(int, 0, 2**63), default=0)
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: CUDA if "
+    """The flags of all scripts. The defaults are the paper's; --preset tiny changes some."""
+    run, data, model, optimiser, _ = parser.adders()
+    run("--preset", choices=PRESETS, default="base", help="sizes of the model and a recipe for "
+        "two CPU cores (tiny), one GPU (small); base and large are the paper's")
+    run("--out", help="folder of checkpoints, log and pictures")
+    run("--resume", action="store_true", help="continue OUT exactly where its last.pt stands")
+    run("--eval", action="store_true", help="only grade OUT/best.pt")
+    run("--check", action="store_true", help="only say what the data set would teach")
+    run("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: CUDA if "
         "there is any, else the CPU; mps: Apple's GPU")
-    add("--window", type=number(int, 2, 32), help="attention window, tokens a side")
-    add("--drop-path", type=number(float, 0, 0.9), help="of the last encoder block")
-    add("--decoder-layers", type=number(int, 3, 99), help="a multiple of 3")
-    add("--on-error", choices=("stop", "skip"), default="stop", help="at a broken photo or "
-        "annotation: stop, or go on without it and count")
-    add("--compile", action="store_true", help="torch.compile the decoder (GPUs)")
+    run("--compile", action="store_true", help="torch.compile the decoder (GPUs)")
+    run("--save-every", type=POSITIVE, default=500, help="steps between checkpoints")
+    run("--seed", type=number(int, 0, 2**63), default=0, help="of all that is random")
+    data("--data", help="folder of the data set, or toyworld")
+    data("--workers", type=COUNT, default=4, help="data processes: read, augment, plan")
+    data("--on-error", choices=("stop", "skip"), default="stop", help="at a broken photo or "
+         "annotation: stop, or go on without it and count")
+    model("--window", type=number(int, 2, 32), help="attention window, tokens a side; default: "
+          "the preset's")
+    model("--drop-path", type=number(float, 0, 0.9), help="rate of the last encoder block")
+    model("--decoder-layers", type=number(int, 3, 99), help="a multiple of 3; default: the "
+          "preset's")
+    optimiser("--steps", type=POSITIVE, help="optimiser steps; overrides --epochs")
+    optimiser("--batch-size", type=POSITIVE, help="images per process and micro-step")
+    optimiser("--accumulate", type=POSITIVE, default=1, help="micro-steps per optimiser step")
+    optimiser("--lr", type=RATE, help="peak learning rate, as is")
 
 
 def add_finetune_flags(parser):
     """What stage 2 adds."""
-    add = parser.add_argument
-    add("--init", help="pre-trained checkpoint; without it the run starts from scratch")
-    add("--load", help="parts taken from --init: backbone,bifpn,decoder (default: all)")
-    add("--init-backbone", help="FILE of Swin weights: torchvision's, timm's, the official ones, "
-        "SimMIM's")
-    add("--overfit", action="store_true", help="train and validate on the same images, not "
-        "augmented: whoever changes the code should still reach a near-perfect metric")
-    add("--data-fraction", type=SHARE, default=1.0, help="share of the training set (Table 8)")
-    add("--backbone-lr", type=number(float, 0), help="lr of the backbone, times --lr")
-    add("--query-lr", type=number(float, 0), default=1.0, help="lr of the e_i, times --lr")
-    add("--no-flip", action="store_true", help="mirror no photo: where left and right differ")
+    _, data, model, optimiser, _ = parser.adders()
+    data("--data-fraction", type=SHARE, default=1.0, help="share of the training set (Table 8)")
+    data("--overfit", action="store_true", help="train and validate on the same images, not "
+         "augmented: whoever changes the code should still reach a near-perfect metric")
+    data("--no-flip", action="store_true", help="mirror no photo: where left and right differ")
+    model("--init", help="pre-trained checkpoint; without it the run starts from scratch")
+    model("--load", help="parts taken from --init, of backbone,bifpn,decoder; default: all")
+    model("--init-backbone", help="FILE of Swin weights: torchvision's, timm's, the official ones, "
+          "SimMIM's")
+    optimiser("--backbone-lr", type=number(float, 0), help="lr of the backbone, times --lr")
+    optimiser("--query-lr", type=number(float, 0), default=1.0, help="lr of the e_i, times --lr")
 
 
 def parse(parser, presets, argv=None):
     """Parse argv; `presets` maps a preset's name to defaults that explicit flags override."""
     if old := too_old():
         parser.error(old)
-    preset = parser.parse_known_args(argv)[0].preset
-    parser.set_defaults(**presets.get(preset, {}))
+    first = argparse.ArgumentParser(add_help=False)         # so that --help shows its defaults
+    first.add_argument("--preset")
+    parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
     args = parser.parse_args(argv)
     if args.data is None:
         parser.error("--data is missing: a folder, or toyworld")
