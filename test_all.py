@@ -4717,9 +4717,9 @@ def test_flags():
         shown = io.StringIO()
         with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
             training.parse(script.flags(), script.PRESETS, ["--preset", "tiny", "--help"])
-        text, tiny = shown.getvalue(), script.PRESETS["tiny"]
-        assert f"(default: {tiny['lr']})" in text and "(default: toyworld)" in text
-        assert all(f"\n{group}:" in text for group in training.GROUPS[:4])
+        text, tiny = " ".join(shown.getvalue().split()), script.PRESETS["tiny"]
+        assert f"(default: {tiny['lr']})" in text and "(default: toyworld" in text
+        assert all(f" {group}: --" in text for group in training.GROUPS[:4])
     args = training.parse(pretrain.flags(), pretrain.PRESETS, ["--data", "x"])
     assert (args.preset, args.epochs, args.warmup_epochs) == ("base", 600, 40)
     assert args.mask_ratio == 0.75 and args.batch_size == 64
