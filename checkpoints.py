@@ -4,6 +4,7 @@ silence. Plain tensors and plain types only; the config is inside, so a file say
 """
 import os
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -87,10 +88,10 @@ def load_backbone(glid, path, state):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise InputError(f"--init-backbone {path}: not written by torch.save (a web page?), or it "
-                         "holds more than tensors: then load it once where you trust it, "
-                         "torch.load(FILE, weights_only=False), and save its ['model'] alone") \
-            from None
+        raise InputError(f"--init-backbone {path}: not written by torch.save (a web page? or "
+                         "safetensors?), or it holds more than tensors: then load it where you "
+                         "trust it, torch.load(FILE, weights_only=False), and save the state dict"
+                         ) from None
     except BROKEN as error:
         raise InputError(f"--init-backbone {path}: not a readable file of weights "
                          f"({type(error).__name__})") from None
@@ -102,8 +103,9 @@ def load_backbone(glid, path, state):
     own = glid.backbone.state_dict()
     missing = own.keys() - found.keys()
     wrong = [k for k in found if k not in own or own[k].shape != found[k].shape]
-    # a classifier has no norms on its stages 1-3
-    if wrong or missing != {f"norms.{i}.{w}" for i in range(3) for w in ("weight", "bias")}:
+    # a classifier has no norms on its stages 1-3, features alone not even on the last
+    missing -= {f"norms.{i}.{w}" for i in range(4) for w in ("weight", "bias")}
+    if wrong or missing:
         raise InputError(f"--init-backbone {path}: no Swin of torchvision, timm, or the official "
                          f"repositories, or not that of this preset (e.g. "
                          f"{(wrong + sorted(missing))[0]})")
@@ -119,14 +121,14 @@ def unwrapped(content):
     """A file of weights -> its state dict without {"model": ...} or {"state_dict": ...} around it,
     without the prefixes of wrappers, in fp32."""
     while isinstance(content, dict) and (inner := next(
-            (content[k] for k in ("model", "state_dict", "model_state_dict", "module")
+            (content[k] for k in ("model", "state_dict", "model_state_dict", "module", "model_ema",
+                                  "state_dict_ema")
              if isinstance(content.get(k), dict)), None)):
         content = inner
     weights = {}
     for key, value in content.items() if isinstance(content, dict) else ():
         if torch.is_tensor(value):
-            for prefix in ("module.", "_orig_mod.", "encoder.", "backbone."):
-                key = key.removeprefix(prefix)
+            key = re.sub(r"^((module|_orig_mod|encoder|backbone|model|net)\.)+", "", key)
             weights[key] = value.float() if value.is_floating_point() else value
     return weights
 

@@ -29,8 +29,17 @@ from tqdm import tqdm
 import pose
 import toyworld
 from formats.coco import an_id
-from formats.files import IGNORE, SPLITS, InputError, list_images, read_image, read_view
-from formats.folders import DEPTHS, LABELS, PHOTOS, open_folder, readable, split_folders
+from formats.files import (
+    IGNORE,
+    LABELS,
+    PHOTOS,
+    SPLITS,
+    InputError,
+    list_images,
+    read_image,
+    read_view,
+)
+from formats.folders import DEPTHS, open_folder, readable, split_folders
 from formats.masks import unstack
 from tokens import Layout
 
@@ -186,8 +195,8 @@ def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop",
     path: "toyworld[:COUNT]" or a folder in one of formats/folders.py's layouts; size: px of
     ToyWorld's photos; keys: the annotations to keep; fraction: the share of the training samples to
     use, of ToyWorld the first ones, of a folder a random choice, always the same, larger ones
-    containing smaller ones; overfit: validate on the training samples; on_error "skip": leave out what is
-    broken (validation photos are all read once for that); reading: see formats.open_folder.
+    containing smaller ones; overfit: validate on the training samples; on_error "skip": leave out
+    what is broken (validation photos are all read once for that); reading: see open_folder.
     """
     count = toy_count(path, 256)
     if count:

@@ -58,7 +58,7 @@ def flags():
     data("--rotation", type=training.number(float, 0, 90), default=40.0,
          help="spread of the crop's angle, degrees")
     data("--flip-pairs", help="joints that a mirror exchanges, if their names do not tell: "
-         "EARL-EARR,3-4; names, or numbers from 1")
+         "EARL-EARR,3-4; names, or numbers from 1; or none")
     model("--size", type=positive, nargs=2, default=[256, 192], metavar=("HEIGHT", "WIDTH"),
           help="px of a person's crop")
     model("--sigma", type=rate, default=2.0, help="of the target Gaussians, heatmap px")

@@ -180,8 +180,9 @@ def swin_from_others(state, config):
 
     The norms of stages 1-3 do not exist there (a classifier reads stage 4 only): left out.
     """
+    # timm merges at the beginning of a stage, the official code at the end
     late = "layers.0.downsample.reduction.weight" in state
-    whose = "torchvision" if not any(k.startswith("layers.") for k in state) else \
+    whose = "torchvision" if not any(k.startswith("layers") for k in state) else \
         "the official repository" if late else "timm"
     out, names = {}, {
         "attn.relative_position_bias_table": "attn.bias_table",
@@ -190,10 +191,10 @@ def swin_from_others(state, config):
         "patch_embed.proj": "embed", "patch_embed.norm": "embed_norm"}
     for i in range(len(config.depths)):
         names |= {f"features.{2 * i + 1}": f"stages.{i}", f"layers.{i}.blocks": f"stages.{i}",
-                  # timm merges at the beginning of a stage, all others at the end
                   f"features.{2 * i + 2}": f"merges.{i}",
                   f"layers.{i if late else i + 1}.downsample": f"merges.{i}"}
     for key, value in state.items():
+        key = re.sub(r"^layers_(\d)", r"layers.\1", re.sub(r"^norm(\d)", r"norms.\1", key))
         for theirs, own in names.items():
             key = re.sub(rf"(^|\.){re.escape(theirs)}(\.|$)", rf"\1{own}\2", key)
         if key.startswith("norm."):

@@ -34,22 +34,24 @@ UPPER = np.arange(17) < 11          # of COCO's joints those from the nose to th
 # What the names of the joints tell
 
 
-# in a name the side may be a word, any left and right, one of two letters (LF: left front), the
-# first letter or the last; the surest first
-SIDES = ("(?<![a-z])(left|right|lt|rt|l|r)(?![a-z])", "left|right",
-         "(?<![a-z])[lr](?=[a-km-qs-z](?![a-z]))|(?<=(?<![a-z])[a-km-qs-z])[lr](?![a-z])",
+# in a name the side may be a word, any left and right, the second or first of two letters (RL, LF:
+# rear left, left front), the first letter or the last; the surest first
+SIDES = ("(?<![a-z])(left|right|lt|rt|lft|rgt|l|r)(?![a-z])", "left|right",
+         "(?<=(?<![a-z])[a-z])[lr](?![a-z])", "(?<![a-z])[lr](?=[a-z](?![a-z]))",
          "^[lr]", "(?<=...)[lr]$")
-SWAP = dict(left="right", right="left", lt="rt", rt="lt", l="r", r="l")
+SWAP = dict(left="right", right="left", lt="rt", rt="lt", lft="rgt", rgt="lft", l="r", r="l")
 
 
-def flip_order(names, pairs=None):
+def flip_order(names, pairs=None, sides=SIDES):
     """For each joint the one it is called in a mirror; itself where there is none.
 
-    pairs: "a-b,c-d", names or numbers from 1. Without them the names tell: left and right anywhere
-    in them, or l and r as a word (l_eye), before a capital or after a small letter (LEye, earL), as
-    one of two capitals (LF_paw), or first where the rest is the same (lshoulder, rshoulder).
+    pairs: "a-b,c-d", names or numbers from 1, or "none". Without them the names tell: left and
+    right anywhere in them, or l and r as a word (l_eye), before a capital or after a small letter
+    (LEye, earL), as one of two letters (LF_paw), or first or last where the rest is the same.
     """
     order = list(range(len(names)))
+    if pairs == "none":
+        return order
     if pairs:
         known = {str(n).lower(): i for i, n in enumerate(names)}
         if not any(map(str.isdigit, known)):                # else numbers are names
@@ -64,9 +66,9 @@ def flip_order(names, pairs=None):
         return order
     spelled = [re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", n) for n in names]
     for i, name in enumerate(spelled):
-        for side in SIDES:
+        for side in sides:
             other = re.sub(side, lambda m: SWAP[m[0]], name.lower())
-            matches = [j for j, n in enumerate(spelled) if n.lower() == other and j != i]
+            matches = [j for j, n in enumerate(spelled) if n.lower() == other != name.lower()]
             if order[i] == i and len(matches) == 1:
                 order[i] = matches[0]
     return [j if order[j] == i else i for i, j in enumerate(order)]
@@ -84,7 +86,8 @@ def require_sides(path, names, flip, keypoints):
         if len(left) >= 20 and abs(left.mean()) > 0.4:      # by chance once in 2000 pairs
             found = (f"its joints ({', '.join(names[i] for i in alone[:8])}) name no left and "
                      f"right, but {names[a]} and {names[b]} keep their sides in the photos: "
-                     "--flip-pairs 1-2,3-4 says which a mirror exchanges, --no-flip mirrors none")
+                     "--flip-pairs 1-2,3-4 says which a mirror exchanges (or none, if none), "
+                     "--no-flip mirrors no photo")
             if len(alone) == len(names):
                 raise InputError(f"--data {path}: {found}")
             note(f"note: --data {path}: {found}")

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 
 from formats.files import IGNORE, InputError, left_out, opened, shows
-from pose import flip_order
+from pose import SIDES, flip_order
 
 LOOKED_AT = 200                         # label maps of a part whose pixels are counted
 
@@ -30,6 +30,8 @@ def lines(args, train, val):
     for part, dataset in (("training", train), ("validation", val)):
         source = dataset.source
         records = getattr(source, "records", None)          # ToyWorld and bare photos have none
+        if records:
+            source.upright()                                # says so if it cannot be told
         if records and "labels" in records[0]:
             found += objects(part, source)
         elif records and "segments" in records[0]:
@@ -149,8 +151,8 @@ def twice(train, val):
 def limits(args, train):
     """Photos with more objects than queries can answer."""
     records = getattr(train.source, "records", ())
-    most = max((len(r["labels"]["classes"] if "labels" in r else r.get("segments", ()))
-                for r in records), default=0)
+    most = max((int((~r["labels"]["iscrowd"]).sum()) if "labels" in r else len(
+        r.get("segments", ())) for r in records), default=0)
     queries = getattr(args, "queries", None)
     queries = min(queries) if isinstance(queries, list) else queries
     if not queries or most <= queries or hasattr(train, "joints"):
@@ -162,7 +164,8 @@ def limits(args, train):
 def mirrors(args, train):
     """Classes that a mirror would turn into others."""
     names = list(map(str, getattr(train, "classes", ())))
-    pairs = [(names[i], names[j]) for i, j in enumerate(flip_order(names)) if i < j]
+    order = flip_order(names, sides=SIDES[:2])              # lock and rock are no pair
+    pairs = [(names[i], names[j]) for i, j in enumerate(order) if i < j]
     if not pairs or getattr(args, "no_flip", True):
         return []
     return [f"note: {' and '.join(pairs[0])} are classes, but training mirrors half of the photos; "

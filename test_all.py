@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 import batching
 import checkpoints
@@ -3598,11 +3598,15 @@ def test_no_photo_stands_in_for_another():
             with quiet():
                 assert [str(r["photo"]) for r in formats.open_folder(
                     at, ["boxes"])[0].records] == there
-    for places in (["images/train/0.jpg", "images/train/1.jpg", "images/val/2.jpg"],
-                   ["images/0.jpg", "images/1.jpg", "masks/2.jpg"],
-                   ["A/0.jpg", "A/1.jpg", "B/2.jpg"]):
-        with folder() as at, raises(InputError, "2.jpg", "no such file"):
-            part = "A/" if places[0][0] == "A" else ""
+    both = ["train/0.jpg", "train/1.jpg", "test/2.jpg"]         # one file for all parts
+    with folder() as at:
+        assert opened(at, [f"{i}.jpg" for i in range(3)], dict.fromkeys(both, 0)) == dict(
+            enumerate(both))
+    for places, part, words in (
+            (["images/0.jpg", "images/1.jpg", "masks/2.jpg"], "", "no such file"),
+            (["A/0.jpg", "A/1.jpg", "B/2.jpg"], "A/", "no such file"),
+            (["a/0.jpg", "a/1.jpg", "b/2.jpg", "c/2.jpg"], "", "b/2.jpg or c/2.jpg")):
+        with folder() as at, raises(InputError, words):
             opened(at, [f"{part}{i}.jpg" for i in range(3)], dict.fromkeys(places, 0))
     with folder() as at, quiet():
         own_coco(at, [dict(image=i) for i in range(4)])
@@ -3653,6 +3657,8 @@ def test_joints_of_other_animals():
     order = pose.flip_order(names)
     pairs = {(names[i], names[j]) for i, j in enumerate(order) if i < j}
     lefts = (0, 2, 4, 6, 8, 10, 13, 15, 18, 20, 22, 24)
+    assert pose.flip_order("FL FR RL RR".split()) == [1, 0, 3, 2]
+    assert pose.flip_order(["earL", "earR"], "none") == [0, 1]
     assert pairs == {tuple(names[i:i + 2]) for i in lefts}, pairs
     assert pose.flip_order(toyworld.KEYPOINTS) == [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13,
                                                    16, 15]
@@ -3752,6 +3758,12 @@ def test_label_maps_of_other_people():
             small.save(path)
             write_photo(at / f"images/{path.parent.name}/{path.name}", (640, 480))
         assert "interpolation" in told(finetune_seg, at)
+        for path in at.glob("labels/*/*.png"):                  # vessels: more edge than inside
+            vessel = Image.new("L", (800, 600))
+            for k in range(12):
+                ImageDraw.Draw(vessel).line((0, 50 * k, 799, 40 * k + 60), 255, 1 + k % 3)
+            vessel.resize((640, 480), Image.BILINEAR).save(path)
+        assert "interpolation" in told(finetune_seg, at)
     with folder() as at:
         write_maps(at, both(0, 1), "masks")
         for path in list(at.glob("masks/*/*.png")):
@@ -3827,13 +3839,20 @@ def test_layouts_of_labelling_tools():
         (at / "b/images").rename(at / "b/elsewhere")
         assert [len(p) for p in read_all(at / "b", ["boxes"])] == [1, 1]
         (at / "b/elsewhere").rename(at / "b/val")               # a folder of the other part
-        with raises(InputError, "result.json", "images/train", "any other folder"):
+        told = io.StringIO()
+        with raises(InputError, "result.json", "val/0.png or val2017/0.png"):
             read_all(at / "b", ["boxes", "classes"])
-        (at / "b/val").rename(at / "b/elsewhere")
+        (at / "b/val").rename(at / "b/masks")                   # of label maps
+        with raises(InputError, "result.json", "may mean"):
+            read_all(at / "b", ["boxes", "classes"])
+        (at / "b/masks").rename(at / "b/elsewhere")
+        with contextlib.redirect_stderr(told):
+            formats.open_folder(at / "b", ["boxes"])
+        assert "from other folders than it names" in told.getvalue()
         (at / "b/elsewhere").rename(at / "b/images")
         text = (at / "b/result.json").read_text()
         (at / "b/result.json").write_text(text.replace("photos\\\\1.png", "0.png"))   # twice 0.png
-        with raises(InputError, "result.json", "name may mean"):
+        with raises(InputError, "result.json", "which another entry has"):
             read_all(at / "b", ["boxes", "classes"])
         other = little_coco(at / "d", kind="panoptic")          # JSON of other things is no COCO
         for stray in ("imgCatIds.json", "train.json", "1.json"):
@@ -4010,7 +4029,10 @@ def test_backbones_of_others():
     cases = {"torchvision": theirs, "official": {"model": official}, "timm": official_names(
         theirs, merges_late=False), "wrapped": {"state_dict": {f"module._orig_mod.{k}": v for k, v
         in theirs.items()}}, "simmim": {"model": simmim, "epoch": 3}, "half": {
-        "model": {k: v.half() if v.is_floating_point() else v for k, v in official.items()}}}
+        "model": {k: v.half() if v.is_floating_point() else v for k, v in official.items()}},
+        "lightning": {"state_dict": {f"model._orig_mod.module.{k}": v for k, v in theirs.items()}},
+        "features": {k.replace("layers.", "layers_"): v for k, v in official_names(
+            theirs, merges_late=False).items()}}
     with folder() as at:
         for name, content in cases.items():
             torch.save(content, at / f"{name}.pth")
@@ -4575,9 +4597,12 @@ def test_texts_in_any_encoding():
             if name in ("read_text", "write_text") or (name == "open" and not binary):
                 assert "encoding" in [k.arg for k in node.keywords], f"{path.name}:{node.lineno}"
     with folder() as at:
-        for text in ("Straße\n裂缝\n".encode(), "\ufeffStraße\n\n裂缝".encode()):
+        for text in ("Straße\n裂缝\n".encode(), "\ufeffStraße\n裂缝\n\n".encode()):
             (at / "classes.txt").write_bytes(text)
             assert formats.class_names(at) == ["Straße", "裂缝"]
+        (at / "classes.txt").write_text("a\n\nb", encoding="utf-8")
+        with raises(InputError, "classes.txt: line 2 is empty"):
+            formats.class_names(at)
         (at / "classes.txt").write_bytes("Straße\n".encode("cp1252"))
         with raises(InputError, "classes.txt", "UTF-8"):
             formats.class_names(at)

@@ -12,10 +12,12 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
+from tqdm import tqdm
 
 from formats.files import (
     IGNORE,
     LABELS,
+    PHOTOS,
     SPLITS,
     InputError,
     Source,
@@ -33,6 +35,8 @@ from toyworld import KEYPOINTS
 # what an entry raises that is not as it should be
 BAD = (KeyError, TypeError, ValueError, OverflowError, AttributeError)
 LISTS = ("images", "annotations", "categories")
+# folders of photos whose names say nothing about which photos
+USUAL = {*PHOTOS, *sum(SPLITS.values(), ()), "imgs", "data", "raw", "jpegimages"}
 KINDS = ("instance", "keypoint", "panoptic", "stuff")       # what a file's name may say it holds
 
 
@@ -46,18 +50,18 @@ def require(condition, reason):
 
 
 def numbers(what, values, count=None, limit=1e6):
-    """A list of numbers up to +-limit (of pixels) -> float64 array; raises ValueError for all else.
-    what: its name in the message."""
-    if isinstance(values, list) and any(type(v) is str for v in values):    # some tools quote them
+    """The values, if they are a list of numbers up to +-limit (of pixels), texts of numbers as
+    such; raises ValueError for all else. what: its name in the message."""
+    kinds = {*map(type, values)} if isinstance(values, list) else {None}
+    if str in kinds:                                        # some tools quote them
         values = [as_number(v) for v in values]
-    if not isinstance(values, list) or not {*map(type, values)} <= {int, float} \
-            or count not in (None, len(values)):
+        kinds = {*map(type, values)}
+    if not kinds <= {int, float} or count not in (None, len(values)):
         many = f"{count} numbers" if count else "numbers"
         raise ValueError(f"{what} {str(values)[:60]} is no list of {many}")
-    array = np.array(values, np.float64)
-    if not (np.abs(array) <= limit).all():                  # NaN neither
+    if not all(-limit <= v <= limit for v in values):       # NaN neither
         raise ValueError(f"{what} {str(values)[:60]} is not finite or beyond {limit:.0g}")
-    return array
+    return values
 
 
 def as_number(value):
@@ -113,6 +117,7 @@ def jointed(path, entries):
     found = named or [e | {"keypoints": KEYPOINTS} for e in entries if e.get("name") == "person"]
     if len(kinds := {tuple(map(str, e["keypoints"])) for e in found}) > 1:
         found = [e for e in found if e.get("name") == "person"] or found
+        note(f"note: {path}: categories have other joints each; only person is used")
         kinds = {tuple(map(str, e["keypoints"])) for e in found}
     if len(kinds) != 1:
         names = [e.get("name") for e in found]
@@ -142,7 +147,10 @@ def read_images(root, path, content, split, on_error):
             size = as_number(entry["height"]), as_number(entry["width"])
             require(all(type(s) is int and s > 0 for s in size), f"{size} is no height and width")
             require(i not in images, "two images have this id")
-            name = str(Path(entry["file_name"].replace("\\", "/")))  # as Windows writes folders
+            # LVIS gives a web address alone; Windows writes folders with \\
+            name = entry.get("file_name") or "/".join(entry["coco_url"].split("/")[-2:])
+            require(type(name) is str, f"its file_name {name} is no text")
+            name = str(Path(name.replace("\\", "/")))
             images[i] = dict(photo=name, id=i, size=size)
         except BAD as error:
             raise InputError(f"{path}: image {entry.get('id', f'number {n}')}: {why(error)}") \
@@ -153,11 +161,12 @@ def read_images(root, path, content, split, on_error):
 
 def place_photos(root, path, split, images, broken, on_error):
     """Find each photo: by the name that the file gives in the first place that holds one of the
-    first photos, else below root under a name that it may mean, see alike."""
+    first photos, else below root under a name that it may mean, see alike. split None: the file
+    speaks of all parts."""
     own = path.parent.relative_to(root).parts                               # Roboflow: beside it
-    parts = [path.stem.split("_")[-1], *SPLITS[split]]                      # as in train2017
-    places = [p for p in own if p != "annotations"]
-    places = dict.fromkeys((*places, *parts, *(f"images/{p}" for p in parts), "images", ""))
+    parts = SPLITS[split] if split else sum(SPLITS.values(), ())
+    places = [p for p in own if p != "annotations"] + [path.stem.split("_")[-1], *parts]
+    places = dict.fromkeys((*places, *(f"images/{p}" for p in parts), "images", ""))
     given = {i: record["photo"] for i, record in images.items()}
     first = [n for n in given.values() if not Path(n).is_absolute()][:20]
     folder = next((root / p for p in places if any((root / p / n).is_file() for n in first)), root)
@@ -168,24 +177,29 @@ def place_photos(root, path, split, images, broken, on_error):
             images[i]["photo"] = here
             used.add(here)
     missing = [i for i in images if images[i]["photo"] == given[i]]
-    for part in (split, None) if missing else ():   # in the other part's folder if nowhere else
-        others = photos_below(root, part)
-        found = {i: photo for i in missing if (photo := alike(*others, given[i]))}
-        if found or used:
-            break
-    else:
-        if missing:
-            raise InputError(f"{path}: its photos ({given[missing[0]]}) are not in {root}, nor "
-                             f"below it in {', '.join(filter(None, places))} or any other folder, "
-                             "with or without the folders in their names")
-    for i in missing:
-        if i in found and found[i] not in used:
-            images[i]["photo"] = found[i]
-            used.add(found[i])
-        else:
-            refuse(f"{folder / given[i]}: no such file, nor one that its name may mean below "
-                   f"{root}, but {path} lists it", on_error)
-            broken.add(i)
+    # in a folder of another part's name only if nowhere else
+    foreign = SPLITS["val" if split == "train" else "train"] if split else parts
+    near, far = photos_below(root, foreign, missing), photos_below(root, (), missing)
+    found = {i: alike(root, near, given[i]) for i in missing}
+    if split is None or not used and not any(found.values()):
+        found = {i: found[i] or alike(root, far, given[i]) for i in missing}
+    # those whose folders agree choose first
+    for i in sorted(missing, key=lambda i: -len(seen(given[i]) & seen(*found[i][:1]))):
+        if len(found[i]) == 1 and found[i][0] not in used:
+            images[i]["photo"] = found[i][0]
+            used.add(found[i][0])
+            continue
+        reason = "no such file, nor one that its name may mean"
+        if found[i]:
+            reason = f"it may mean {' or '.join(str(p.relative_to(root)) for p in found[i][:2])}" \
+                + ", which another entry has" * (len(found[i]) == 1) + "; give its folder too"
+        refuse(f"{path}: photo {given[i]} is not in {root}: {reason}", on_error)
+        broken.add(i)
+    other = [i for i in missing if i not in broken and seen(given[i]) and any(
+        bare(p) not in USUAL for p in seen(images[i]["photo"].relative_to(root)) - seen(given[i]))]
+    if other:
+        note(f"note: {path}: {len(other)} photos are taken from other folders than it names, as "
+             f"{images[other[0]]['photo'].relative_to(root)} for {given[other[0]]}")
 
 
 def as_seen(name):
@@ -195,28 +209,33 @@ def as_seen(name):
     return unicodedata.normalize("NFC", Path(name).name).casefold()
 
 
-def photos_below(root, split):
-    """{name as people see it: paths} of the photos below a folder that may belong to this part: not
-    in a folder of the other part's name, nor of label maps; and the names of all their folders.
-    split None: of all photos."""
-    found, here, foreign = {}, set(), set()
-    if split:
-        foreign = {*SPLITS["val" if split == "train" else "train"], *LABELS}
-    for path in list_images(root):
-        folders = path.relative_to(root).parts[:-1]
-        if not {re.sub("[^a-z]", "", p.lower()) for p in folders} & foreign:
+def photos_below(root, foreign, wanted):
+    """{name as people see it: paths} of the photos below a folder, but not in folders of label maps
+    or of foreign names, and the names of all their folders; nothing if none is wanted."""
+    found, here = {}, set()
+    for path in list_images(root) if wanted else ():
+        here |= (folders := seen(path.relative_to(root)))
+        if not {*map(bare, folders)} & {*foreign, *LABELS}:
             found.setdefault(as_seen(path.name), []).append(path)
-            here |= {as_seen(p) for p in folders}
     return found, here
 
 
-def alike(photos, here, name):
-    """The one photo of photos_below that this name may mean, None without or if it stays unclear.
-    The folders in the name decide, those of them that exist here."""
-    wanted = {as_seen(p) for p in Path(unquote(name).rpartition("?d=")[2]).parts[:-1]} & here
-    found = [path for path in photos.get(as_seen(name), ())
-             if wanted <= {as_seen(p) for p in path.parts[:-1]}]
-    return found[0] if len(found) == 1 else None
+def seen(path=""):
+    """The folders in a name, as people see them."""
+    return {as_seen(p) for p in Path(unquote(str(path)).rpartition("?d=")[2]).parts[:-1]}
+
+
+def bare(folder):
+    """The letters of a folder's name: train2017 -> train."""
+    return re.sub("[^a-z]", "", folder.lower())
+
+
+def alike(root, below, name):
+    """The photos of photos_below that this name may mean: of its folders they lie in all that exist
+    here."""
+    photos, here = below
+    return [p for p in photos.get(as_seen(name), ())
+            if seen(name) & here <= seen(p.relative_to(root))]
 
 
 def parse_object(entry, count, masks):
@@ -224,14 +243,14 @@ def parse_object(entry, count, masks):
     A missing iscrowd means 0, a missing area that of the box, missing joints that none is labelled;
     count: joints, 0 for none. Where only joints were clicked, the box is theirs."""
     box = entry["bbox"] if not count else entry.get("bbox") or [0, 0, 0, 0]
-    x, y, w, h = numbers("bbox", box, 4).tolist()
+    x, y, w, h = numbers("bbox", box, 4)
     require(w >= 0 and h >= 0, f"its box {box} has a negative side")
     crowd = default(entry, "iscrowd", 0)
     require(crowd in (0, 1), f"iscrowd is {crowd}, not 0 or 1")
     joints = shape = None
     if count:
-        joints = numbers(f"keypoints, {count} x (x, y, v):", entry.get("keypoints") or
-                         [0] * 3 * count, 3 * count).reshape(count, 3)
+        joints = np.array(numbers(f"keypoints, {count} x (x, y, v):", entry.get("keypoints") or
+                                  [0] * 3 * count, 3 * count), np.float64).reshape(count, 3)
         require(np.isin(joints[:, 2], (0, 1, 2)).all(), "a joint's flag is not 0, 1 or 2")
         clicked = joints[joints[:, 2] > 0, :2]
         if w * h == 0 and len(clicked) > 1:
@@ -246,7 +265,8 @@ def parse_object(entry, count, masks):
         if isinstance(shape, list):
             shape = polygons(shape)
             require(shape, "has no polygon, only a box")
-            shape = [numbers("polygon", s) for s in shape]  # arrays: half of the memory of lists
+            # arrays: half of the memory of lists
+            shape = [np.array(numbers("polygon", s), np.float64) for s in shape]
             require(all(len(s) >= 6 and len(s) % 2 == 0 for s in shape),
                     "a polygon needs three points or more")
         else:
@@ -281,7 +301,8 @@ def coco_instances(root, path, split, kind, keys, on_error, categories=None):
     label = {i: k * (kind != "keypoints") for k, (i, _, _) in enumerate(categories)}
     images, broken = read_images(root, path, content, split, on_error)
     found = {i: [] for i in images}
-    for n, entry in enumerate(content["annotations"]):
+    for n, entry in enumerate(tqdm(content["annotations"], desc=f"checking {path.name}",
+                                   leave=False, disable=None)):
         name = entry.get("id", f"number {n}")
         try:
             require("segments_info" not in entry, "a segment map; expected boxes")
@@ -435,7 +456,7 @@ def open_coco(root, word, read, kind, keys, on_error):
                          "training file has train in it, that of a file for both neither word")
     if files[0] is None:
         return None
-    train = read(root, files[0], "train", kind, keys, on_error)
+    train = read(root, files[0], "train" if files[1] else None, kind, keys, on_error)
     if files[1] is None:
         return hold_out(root, train)
     categories = [(i, name, k < train.things)
@@ -478,9 +499,12 @@ def coco_files(root, word):
         files += own or [None]
     if len(found) == 1 and files == [None, None]:
         return [found[0], None]
+    if len(found) > 1 and files == [None, None]:
+        raise InputError(f"--data {root}: {found[0].name} or {found[1].name}? The name of the "
+                         "training file must have train in it, the other's val")
     for path in found:
         if path not in files and any(files) and is_coco(path):
-            note(f"note: {path} is not used; its name does not say which part it is")
+            note(f"note: {path} is not used; {' and '.join(p.name for p in files if p)} are")
     return files
 
 

@@ -19,6 +19,7 @@ IGNORE = 255                                    # label of pixels that belong to
 LONGEST = 50                                    # times the shorter side; no photo is as thin
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 LABELS = ("annotations", "labels", "masks", "label", "mask", "ann_dir")     # folders of label maps
+PHOTOS = ("images", "image", "img", "rgb", "photos", "img_dir")             # folders of photos
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm",
             ".pgm", ".pnm", ".pbm", ".gif"}
 OTHERS = set(".heic .heif .avif .jp2 .j2k .jpx .jxl .mpo .tga .psd .svg .dng .cr2 .cr3 .nef .arw "
@@ -271,10 +272,14 @@ class Source:
             for record in records[::-(-len(records) // 1000)]:
                 with contextlib.suppress(InputError), opened(record["photo"]) as image:
                     width, height = image.size
+                    told["turned"] += orientation(image) > 1
                     if orientation(image) > 4 and width != height:
                         told[tuple(record.get("size") or self.read(record)[1]) == (width,
                                                                                    height)] += 1
             self.habit["upright"] = told[True] >= told[False]
+            if told["turned"] and not told[True] + told[False]:
+                note(f"note: EXIF turns {told['turned']} photos, and none of them shows whether "
+                     "its labels are for the turned photo; taken so")
             if told[True] and told[False]:
                 note(f"note: {told[True]} photos are labelled as EXIF turns them, {told[False]} as "
                      "they are stored; those that do not tell are taken as "

@@ -24,6 +24,7 @@ from formats.coco import coco_instances, coco_panoptic, open_coco, panoptic_labe
 from formats.files import (
     IGNORE,
     LABELS,
+    PHOTOS,
     SPLITS,
     SUFFIXES,
     InputError,
@@ -39,7 +40,6 @@ from formats.files import (
     shows,
 )
 
-PHOTOS = ("images", "image", "img", "rgb", "photos", "img_dir")
 DEPTHS = ("depth", "depths")
 BINARY = (0, IGNORE)                    # values of the two classes where no others occur
 EXPECTED = {
@@ -119,7 +119,11 @@ def class_names(root):
             lines = read_lines(root / "objectInfo150.txt")[1:]
             return [line.split("\t")[-1].split(",")[0].strip() for line in lines if line.strip()]
         if (root / "classes.txt").exists():
-            return [n.strip() for n in read_lines(root / "classes.txt") if n.strip()]
+            names = "\n".join(map(str.strip, read_lines(root / "classes.txt"))).strip().split("\n")
+            if "" in names[1:]:
+                raise InputError(f"{root / 'classes.txt'}: line {names.index('') + 1} is empty; a "
+                                 "line names a value, the first one 0")
+            return [n for n in names if n]
     except OSError as error:
         raise InputError(f"--data {root}: its list of class names cannot be read ({error})") \
             from None
@@ -172,19 +176,20 @@ def class_values(root, found, names, first, ignore, on_error):
 
 
 def refuse_doubtful(root, counts):
-    """Stop at label maps in which 255 or 0 surely is not what it was meant; counts: those of the
-    parts."""
+    """Stop at label maps whose values surely are not what they were meant; counts: those of the
+    parts. Two values on most pixels and many others on few: edges that were interpolated."""
     total, pixels = sum(counts), sum(c.sum() for c in counts)
     between = [v for v in np.flatnonzero(total).tolist() if v not in (0, IGNORE)]
     rest = total[between].sum()
-    # classes have small numbers; edges between 0 and 255 have all, or a few far apart
-    edges = len(between) > 2 and max(between) > 150 and (
-        rest < total[IGNORE] or len(between) > 20 and rest < 0.05 * pixels)
-    if total[IGNORE] and edges or total[IGNORE] > 0.01 * pixels and 0 < rest < 0.001 * pixels:
-        raise InputError(f"--data {root}: its label maps are 0 and 255, but for {rest} pixels of "
-                         f"{len(between)} values, {between[:3]}: were they resized with "
-                         "interpolation? Set each pixel to the nearer of the two, or resize again "
-                         "with nearest neighbours; if 255 is no class, --ignore-label 255")
+    *few, second, first = np.sort(total[total > 0]) if np.count_nonzero(total) > 2 else (0, 0, 0)
+    edges = len(few) > 20 and np.ptp(np.flatnonzero(total)) > 100 and max(few) < 0.02 * pixels \
+        and first + second > 0.55 * pixels
+    edges |= len(between) > 2 and max(between) > 150 and rest < total[IGNORE]
+    if edges or total[IGNORE] > 0.01 * pixels and 0 < rest < 0.001 * pixels:
+        raise InputError(f"--data {root}: most pixels of its label maps have two values, {rest} "
+                         f"pixels {len(between)} others, {between[:3]}: were they resized with "
+                         "interpolation? Resize them again with nearest neighbours, or set each "
+                         "pixel to the nearer value; if all are classes, give --ignore-label 255")
     parts = [set(np.flatnonzero(c).tolist()) for c in counts]
     for one, other in (parts, parts[::-1]) if len(parts) == 2 else ():
         if one == {0, IGNORE} and IGNORE not in other and len(other) > 1:
