@@ -85,7 +85,7 @@ def picture(model, dataset, path, state, count=8):
     pixels, layout = normalize(images.to(state.device)), layout.to(state.device)
     prediction = model(pixels, layout)[0].float()
     model.train()
-    where, unit = tuple(layout.hidden.unbind(1)), config.unit
+    where, unit = tuple(layout.hidden.long().unbind(1)), config.unit
     if model.norm_pix:
         truth = split_units(pixels, unit)[where].flatten(1)
         prediction = prediction * (truth.var(-1) + 1e-6).sqrt().view(*prediction.shape[:2], 1) \
