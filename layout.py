@@ -127,13 +127,13 @@ class Layout:
         row = self.rows[:, first:first + k * k].long().gather(1, near)
         place = (row * w * w + yx[..., 0] % w * w + yx[..., 1] % w).view(-1)        # [T]
         token = place.new_zeros(rows * w * w)
-        token = token.index_copy(0, place, torch.arange(len(place), device=place.device))
+        token.index_copy_(0, place, torch.arange(len(place), device=place.device))
         owner = None
         if mixed:
             wide = max(self.grid_units) * side // w + 2
             number = (image * wide + window[..., 0]) * wide + window[..., 1]
-            owner = place.new_full((rows * w * w,), -1).index_copy(0, place, number.view(-1))
-            owner = owner.view(rows, w * w)
+            owner = place.new_full((rows * w * w,), -1)
+            owner = owner.index_copy_(0, place, number.view(-1)).view(rows, w * w)
         return Windows(token, place, owner, image.reshape(-1), self.batch)
 
     def grid(self, stage):
@@ -202,10 +202,11 @@ def morton(side, device=None):
     (1,1): Swin's order of the children in patch merging, which lets torchvision's weights fit.
     """
     number = torch.arange(side * side, device=device)[:, None]
-    axis, order = torch.arange(2, device=device), 0
+    axis = torch.arange(2, device=device)
+    order = torch.zeros_like(number + axis)
     for bit in range(side.bit_length() - 1):
         order = order + ((number >> (2 * bit + axis) & 1) << bit)
-    return order + 0 * (number + axis)
+    return order
 
 
 def sine_position(yx, dim, temperature=10000):
@@ -227,7 +228,7 @@ def sine_position(yx, dim, temperature=10000):
 def scatter(x, shape, place):
     """Packed [T, C] -> [*shape, C], token t at place[t], zeros elsewhere."""
     out = x.new_zeros(math.prod(shape), x.shape[1])
-    return out.index_copy(0, place, x).view(*shape, x.shape[1])
+    return out.index_copy_(0, place, x).view(*shape, x.shape[1])
 
 
 class Spread(torch.autograd.Function):

@@ -89,12 +89,12 @@ class WindowAttention(nn.Module):
         bias = self.bias_table.index_select(0, self.bias_index).view(slots, slots, -1)
         bias = bias.permute(2, 0, 1)                                # [h, S, S]
         score = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)     # [G, h, S, S]
-        score = score + bias.to(score.dtype)
+        score.add_(bias)                                            # in place: never all in fp32
         if windows.owner is not None:
             # windows that share a row do not see each other; empty slots may look at each other
             # (never read), so that no row of the softmax is empty
             alien = windows.owner[:, None, :, None] != windows.owner[:, None, None]
-            score = score.masked_fill(alien, -math.inf)             # alien: [G, 1, S, S]
+            score.add_(torch.where(alien, -math.inf, 0.0))          # [G, 1, S, S]
         # in fp32 inside, but autocast shall not leave the result in it
         out = score.softmax(-1, dtype=v.dtype) @ v                  # [G, h, S, d]
         out = out.transpose(1, 2).reshape(-1, dim)                  # [G * S, C]
@@ -108,11 +108,13 @@ class SwinBlock(nn.Module):
         self.attn = WindowAttention(dim, heads, window)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.drop_path = drop_path
+        self.drops = drop_path > 0
+        # a tensor: as a number, torch.compile would make a graph of each block's own rate
+        self.register_buffer("drop_path", torch.tensor(drop_path), persistent=False)
 
     def _drop(self, x, windows):
         """Stochastic depth: drop the branch for a whole image, keep its expectation."""
-        if not self.training or self.drop_path == 0:
+        if not (self.training and self.drops):
             return x
         keep = torch.rand(windows.batch, device=x.device) >= self.drop_path
         return x * (keep / (1 - self.drop_path)).to(x.dtype)[windows.image, None]

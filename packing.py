@@ -32,16 +32,19 @@ def share_rows(occupied):
         code = code * len(occupied) + word
     _, first, pattern_of, left = np.unique(code, return_index=True, return_inverse=True,
                                            return_counts=True)
-    patterns, left = occupied[first], left.tolist()         # [P, words], windows of each pattern
-    slots = np.unpackbits(np.ascontiguousarray(patterns).view(np.uint8), axis=1).sum(1)
-    order = np.argsort(-slots.astype(int), kind="stable")   # fullest first
+    patterns = occupied[first]                              # [P, words]; left: windows of each
+    # Fullest first, and what occupies the slots that most windows want: they need the most rows
+    slots = np.unpackbits(np.ascontiguousarray(patterns).view(np.uint8), axis=1).astype(np.int64)
+    wanted = left @ slots                                   # windows that occupy each slot
+    order = np.argsort(-(slots @ wanted ** 2), kind="stable")
 
     # Sets of patterns are bits of Python integers, bit i = the i-th fullest pattern
     patterns = patterns[order]
     fits = ((patterns[:, None] & patterns) == 0).all(-1)    # [P, P]
     fits = [int.from_bytes(row.tobytes(), "little")
             for row in np.packbits(fits, axis=1, bitorder="little")]
-    order, row, remaining, given = order.tolist(), 0, (1 << len(fits)) - 1, []
+    order, left = order.tolist(), left.tolist()
+    row, remaining, given = 0, (1 << len(fits)) - 1, []
     while remaining:
         candidates, together = remaining, []
         while candidates:

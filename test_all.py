@@ -52,6 +52,7 @@ import layout
 import losses
 import metrics
 import model as M
+import packing
 import pose
 import pretrain
 import toyexport
@@ -243,7 +244,7 @@ def test_hidden_pixels_change_nothing():
     net, tokens = noisy(Pretrainer(TINY)), masked(2, 4, 12)
     images = torch.randn(2, 3, 64, 64)
     other = images.clone()
-    M.split_units(other, 16)[tuple(tokens.hidden.unbind(1))] = 1e6 * torch.randn(24, 3, 16, 16)
+    M.split_units(other, 16)[tuple(tokens.hidden.long().unbind(1))] = 1e6 * torch.randn(24, 3, 16, 16)
     with torch.no_grad():
         for a, b in zip(net.glid.encode(images, tokens), net.glid.encode(other, tokens)):
             assert torch.equal(a, b), "a map saw a hidden pixel"
@@ -278,18 +279,20 @@ def test_rows_are_shared_without_collision():
     """Windows in one row of attention never claim the same slot, and half windows do pair up."""
     occupied = torch.rand(200, 25, generator=torch.Generator().manual_seed(0)).numpy() < 0.3
     occupied[:, 0] |= ~occupied.any(1)
-    row = layout.share_rows(occupied)
+    def share_rows(occupied):
+        return packing.share_rows(occupied @ (1 << np.arange(occupied.shape[1]))[:, None])
+    row = share_rows(occupied)
     used = np.zeros((row.max() + 1, 25), dtype=int)
     np.add.at(used, row, occupied)
     assert used.max() == 1 and used.any(1).all() and len(used) < 170
     halves = np.zeros((6, 16), dtype=bool)
     halves[:3, :8] = halves[3:, 8:] = True                                  # Swin's border windows
-    assert layout.share_rows(halves).max() == 2
+    assert share_rows(halves).max() == 2
     # shifted and all visible: as few rows as Swin's cyclic shift needs
     tokens = Layout(Config(), torch.tensor([[192, 192]]))
     for stage, rows in ((0, 64), (1, 16), (2, 4), (3, 1)):
-        back = tokens.windows(stage, True, 1)[2]
-        assert int(back.max()) // 36 + 1 == rows, f"stage {stage}"
+        place = tokens.windows(stage, True).place
+        assert int(place.max()) // 36 + 1 == rows, f"stage {stage}"
 
 
 def restated_prediction(net, image, hidden):
@@ -364,18 +367,16 @@ def test_pick_gradient():
     block = noisy(M.SwinBlock(8, 2, 5, 0.0)).double()
     hidden = random_hidden(2, 3, 5)
     tokens = Layout(ODD, torch.tensor([[48, 48]] * 2), hidden)
-    x = torch.randn(len(tokens.coords[0]), 8).double().requires_grad_()
-    weight = torch.randn_like(x)
-    with torch.random.fork_rng():
-        ours = torch.autograd.grad((block(x, tokens, 0, True) * weight).sum(),
-                                   [x, *block.parameters()])
-        pick = layout.Pick.apply
-        layout.Pick.apply = staticmethod(lambda rows, index, inverse: rows[index])
-        try:
-            plain = torch.autograd.grad((block(x, tokens, 0, True) * weight).sum(),
-                                        [x, *block.parameters()])
-        finally:
-            layout.Pick.apply = pick
+    x = torch.randn(64 * len(tokens.units), 8).double().requires_grad_()
+    weight, windows = torch.randn_like(x), tokens.windows(0, True)
+    ours = torch.autograd.grad((block(x, windows) * weight).sum(), [x, *block.parameters()])
+    real = layout.Spread.apply, layout.Collect.apply
+    layout.Spread.apply = staticmethod(lambda x, token, place: x[token])
+    layout.Collect.apply = staticmethod(lambda x, place: x[place])
+    try:
+        plain = torch.autograd.grad((block(x, windows) * weight).sum(), [x, *block.parameters()])
+    finally:
+        layout.Spread.apply, layout.Collect.apply = real
     for a, b in zip(ours, plain):
         assert_close(a, b, 1e-10, "gradients")
 
@@ -397,11 +398,12 @@ def test_drop_path_keeps_expectation():
     block = M.SwinBlock(8, 2, 4, 0.25)
     tokens = Layout(TINY, torch.tensor([[16, 16]] * 400))
     torch.manual_seed(0)
-    x = block._drop(torch.ones(400 * 64, 8), tokens, 0).view(400, -1)
+    windows = tokens.windows(0, False)
+    x = block._drop(torch.ones(400 * 64, 8), windows).view(400, -1)
     assert set(x.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert (x == x[:, :1]).all() and abs(x.mean() - 1) < 0.1
     block.eval()
-    assert (block._drop(x, tokens, 0) == x).all()
+    assert (block._drop(x, windows) == x).all()
 
 
 def test_bias_table_resizes():
@@ -424,13 +426,14 @@ def test_bifpn_neighbours_only():
     node = noisy(M.Fusion(8, 2)).double()
     hidden = random_hidden(2, 3, 4)
     tokens = Layout(ODD, torch.tensor([[48, 48]] * 2), hidden)
-    a, b = torch.randn(2, len(tokens.coords[1]), 8).double()
+    a, b = torch.randn(2, 16 * len(tokens.units), 8).double()
     weight = node.weight.relu() / (node.weight.relu().sum() + 1e-4)
     mixed = tokens.to_grid(F.silu(weight[0] * a + weight[1] * b), 1).permute(0, 3, 1, 2)
     out = F.conv2d(F.pad(mixed, (1, 1, 1, 1)), node.depthwise.weight, groups=8)
     out = node.norm(node.pointwise(out.permute(0, 2, 3, 1)))
-    image, y, x = tokens.coords[1].unbind(1)
-    assert_close(node([a, b], tokens, 1), out[image, y, x], 1e-10)
+    image, yx = tokens.coords(1)
+    seen = out[image, yx[..., 0], yx[..., 1]].reshape(-1, 8)
+    assert_close(node([a, b], *tokens.grid(1)), seen, 1e-10)
     assert_close(M.down(M.up(a)), a, 0)
 
 
@@ -4459,7 +4462,7 @@ def test_packed_batches_arrive_as_they_were():
         torch.utils.data.get_worker_info, batching.shared = real
     (images, tokens), (_, other) = (batching.Packed(b).to() for b in itertools.islice(
         some_batches(), 2))
-    assert tokens.counts == other.counts and tokens.config == TINY
+    assert tokens.plans.keys() == other.plans.keys() and tokens.config == TINY
 
 
 def test_start_methods():
