@@ -55,6 +55,7 @@ import model as M
 import packing
 import pose
 import pretrain
+import throughput
 import toyexport
 import toyworld
 import training
@@ -311,7 +312,7 @@ def test_packing_is_tight_and_repeats():
     share = np.mean(needed, 0) / perfect
     assert (share[:2] < 1.04).all() and (share[2:6] < 1.12).all() and (share >= 1).all(), share
     share = np.array(needed) / wanted
-    assert (share[:, :6] < 1.04).all() and (share >= 1).all(), share
+    assert (share[:, :6] < 1.06).all() and (share >= 1).all(), share
     for window in (3, 7, 12):                               # 1, 2 and 3 words
         occupied = np.random.default_rng(window).random((300, window ** 2)) < 0.1
         words = [occupied[:, i:i + packing.WORD] for i in range(0, window ** 2, packing.WORD)]
@@ -489,6 +490,21 @@ def test_training_goes_on_without_a_compiler():
         torch.compile = real
     assert shown.getvalue().count("not compiled: Cannot find a working triton") == 1
     assert shown.getvalue().count("compile") == 1, shown.getvalue()
+
+
+def test_bench_of_a_card_runs():
+    """All that bench.py does on a card, tried on the CPU with tiny sizes; and what it does on any
+    machine."""
+    config = Config(**PRESETS["tiny"] | dict(width=8, heads=[1, 1, 2, 2], dim=16))
+    state = training.Run(torch.device("cpu"), dtype=torch.bfloat16)
+    with counted_graphs(), quiet():
+        found = throughput.card(config, state, 4, rounds=1, size=64, shrink=20)
+    names = ("dense", "step", "detection", "segmentation", "depth", "pose")
+    assert found.keys() == {f"{n} {how}" for n in names for how in ("eager", "compiled")}
+    assert all(rate > 0 for rate in found.values())
+    plan = throughput.planning(TINY, 16, 2)
+    assert plan["layout_tensors"] == 4 and min(plan["rows_over_perfect"]) >= 1
+    assert throughput.loading(TINY, 4)["loaded_images_a_second_a_core"] > 0
 
 
 def restated_prediction(net, image, hidden):
