@@ -49,7 +49,7 @@ from finetune_det import group_losses
 from layout import Layout, whole
 from losses import reconstruction_loss
 from model import PRESETS, Config, Detector, Pretrainer
-from training import pick_device, precision, run
+from training import Run, pick_device, precision, run
 
 # what a part times besides "dense"
 NEEDS = {"encoder": ["visible", "all_visible"], "step": ["step"], "losses": [], "data": [],
@@ -312,6 +312,13 @@ def loading_against_torchvision(args, count=32):
     return result
 
 
+def told(found, args):
+    """Print figures by name, and return them."""
+    if not args.json:
+        print("\n".join(f"{name} {value}" for name, value in found.items()))
+    return found
+
+
 def main(args):
     """Time, measure memory, print; returns the ratios by name."""
     device, config, result = pick_device(), Config(**PRESETS[args.preset]), {}
@@ -330,12 +337,15 @@ def main(args):
                   ", {:.1f} s of network, ratio {:.4f}".format(*share.values()))
     if "data" in args.parts:
         result |= loading_against_torchvision(args)
-    for part in ("plan", "loading", "card"):
-        if part in args.parts:
-            result |= (found := throughput.measure(part, args, config, device,
-                                                   precision(device)[0]))
-            if not args.json:
-                print("\n".join(f"{name} {value}" for name, value in found.items()))
+    if "plan" in args.parts:
+        result |= told(throughput.planning(config, 256), args)
+        result |= told(throughput.graphs(Config(**PRESETS["tiny"])), args)
+    if "loading" in args.parts:
+        result |= told(throughput.loading(config), args)
+    if "card" in args.parts:
+        if device.type != "cuda":
+            raise data.InputError("card: torch sees no CUDA card here")
+        result |= throughput.card(config, Run(device, dtype=precision(device)[0]), args.card_batch)
     if args.json:
         print(json.dumps(result))
     return result

@@ -41,6 +41,7 @@ def share_rows(occupied):
     # Sets of patterns are bits of Python integers, bit i = the i-th fullest pattern
     patterns = patterns[order]
     fits = ((patterns[:, None] & patterns) == 0).all(-1)    # [P, P]
+    np.fill_diagonal(fits, False)                           # not even an empty window, with itself
     fits = [int.from_bytes(row.tobytes(), "little")
             for row in np.packbits(fits, axis=1, bitorder="little")]
     order, left = order.tolist(), left.tolist()

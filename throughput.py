@@ -24,10 +24,9 @@ import data
 import toyworld
 from batching import Packed, Packer
 from layout import Layout, row_budget, whole
-from model import (PRESETS, Config, DepthEstimator, Detector, PoseEstimator, Pretrainer, Segmenter,
-                   normalize)
+from model import DepthEstimator, Detector, PoseEstimator, Pretrainer, Segmenter, normalize
 from pretrain import Objective
-from training import Run, compile_blocks, compile_whole
+from training import compile_blocks, compile_whole
 
 YES = argparse.Namespace(compile=True)
 
@@ -50,8 +49,8 @@ def masks_of(config, batch, count):
 def packed_batches(config, batch, count):
     """Batches as a data process sends them; the photos are noise."""
     masks, size = masks_of(config, batch, count), [config.image_size] * 2
-    images, budget = torch.randint(256, (batch, 3, *size), dtype=torch.uint8), None
-    budget = row_budget(config, masks)
+    images, budget = torch.randint(256, (batch, 3, *size), dtype=torch.uint8), row_budget(
+        config, masks)
     return [Packed((images, Layout(config, torch.tensor([size] * batch), mask, budget)))
             for mask in masks]
 
@@ -137,7 +136,7 @@ def line(name, batch, found, flops, peak):
     """Print one measurement; returns its images/s."""
     launched, done, memory = found
     print(f"{name:32} {1000 * done:8.1f} ms  {batch / done:8.1f} images/s  launch "
-          f"{1000 * launched:7.1f} ms  {flops / done / peak:6.1%} of peak  {memory / 2**30:5.1f} GiB",
+          f"{1000 * launched:7.1f} ms  {flops / done / peak:5.1%} of peak  {memory / 2**30:4.1f} GiB",
           flush=True)
     return round(batch / done, 1)
 
@@ -229,15 +228,3 @@ def card(config, state, batch, rounds=8, size=8192, shrink=1):
         result = pretraining_on_card(config, state, batch, rounds, peak)
         result |= finetuning_on_card(config, state, rounds, peak, shrink)
     return result
-
-
-def measure(part, args, config, device, dtype):
-    """One of the parts "plan", "loading", "card" -> figures by name."""
-    if part == "plan":
-        return planning(config, 256) | graphs(Config(**PRESETS["tiny"]))
-    if part == "loading":
-        return loading(config)
-    if device.type != "cuda":
-        print("card: there is no CUDA card here")
-        return {}
-    return card(config, Run(device, dtype=dtype), args.card_batch)
