@@ -495,7 +495,7 @@ def test_training_goes_on_without_a_compiler():
 def test_bench_of_a_card_runs():
     """All that bench.py does on a card, tried on the CPU with tiny sizes; and what it does on any
     machine."""
-    config = Config(**PRESETS["tiny"] | dict(width=8, depths=[1, 1, 1, 1], heads=[1, 1, 2, 2], dim=16))
+    config = Config(**PRESETS["tiny"] | dict(width=8, depths=[1] * 4, heads=[1, 1, 2, 2], dim=16))
     state = training.Run(torch.device("cpu"), dtype=torch.bfloat16)
     with counted_graphs(), quiet():
         found = throughput.card(config, state, 4, rounds=1, size=64, shrink=20)

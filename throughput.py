@@ -136,8 +136,8 @@ def line(name, batch, found, flops, peak):
     """Print one measurement; returns its images/s."""
     launched, done, memory = found
     print(f"{name:32} {1000 * done:8.1f} ms  {batch / done:8.1f} images/s  launch "
-          f"{1000 * launched:7.1f} ms  {flops / done / peak:5.1%} of peak  {memory / 2**30:4.1f} GiB",
-          flush=True)
+          f"{1000 * launched:7.1f} ms  {flops / done / peak:5.1%} of peak  "
+          f"{memory / 2**30:4.1f} GiB", flush=True)
     return round(batch / done, 1)
 
 
