@@ -2,7 +2,12 @@
 How fast are our parts? Each is timed in one run, in turn with its reference, so that a machine
 whose speed drifts favours nobody. A ratio is the median over the rounds.
 
+    python bench.py                          encoder, step, plan, loading, and card if there is one
     python bench.py encoder step             against torchvision's dense Swin of the same sizes
+    python bench.py plan                     planning, rows of attention, graphs, what is copied
+    python bench.py loading                  photos that one core loads for pre-training
+    python bench.py card                     pre-training and fine-tuning on a CUDA card, eager
+                                             and compiled, as a share of the card's peak
     python bench.py losses                   detection's matching and losses against its network
     python bench.py data --data FOLDER       files to training samples, against torchvision on PIL
     python bench.py encoder step --json      the ratios as one line of JSON
@@ -31,12 +36,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision import tv_tensors
-from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
 import data
 import pose
+import throughput
 from data import hidden_units, seeded
 from finetune_det import group_losses
 from formats import export
@@ -44,10 +49,11 @@ from formats.masks import mask
 from losses import reconstruction_loss
 from model import PRESETS, Config, Detector, Pretrainer
 from tokens import Layout, whole
-from training import pick_device, precision, run
+from training import Run, pick_device, precision, run
 
 # what a part times besides "dense"
-NEEDS = {"encoder": ["visible", "all_visible"], "step": ["step"], "losses": [], "data": []}
+NEEDS = {"encoder": ["visible", "all_visible"], "step": ["step"], "losses": [], "data": [],
+         "plan": [], "loading": [], "card": []}
 
 
 def contestants(config, device):
@@ -59,9 +65,7 @@ def contestants(config, device):
     step         all of pre-training but the optimiser: encoder, BiFPN, decoder, head, loss
     """
     torch.manual_seed(0)
-    dense = SwinTransformer([config.patch] * 2, config.width, list(config.depths),
-                            list(config.heads), [config.window] * 2,
-                            stochastic_depth_prob=0).features.to(device)
+    dense = throughput.dense_swin(config).to(device)
     ours, dtype = Pretrainer(config).to(device), precision(device)[0]
     backbone, side = ours.glid.backbone, config.image_size // config.unit
 
@@ -308,6 +312,13 @@ def loading_against_torchvision(args, count=32):
     return result
 
 
+def told(found, args):
+    """Print figures by name, and return them."""
+    if not args.json:
+        print("\n".join(f"{name} {value}" for name, value in found.items()))
+    return found
+
+
 def main(args):
     """Time, measure memory, print; returns the ratios by name."""
     device, config, result = pick_device(), Config(**PRESETS[args.preset]), {}
@@ -326,6 +337,15 @@ def main(args):
                   ", {:.1f} s of network, ratio {:.4f}".format(*share.values()))
     if "data" in args.parts:
         result |= loading_against_torchvision(args)
+    if "plan" in args.parts:
+        result |= told(throughput.planning(config, 256), args)
+        result |= told(throughput.graphs(Config(**PRESETS["tiny"])), args)
+    if "loading" in args.parts:
+        result |= told(throughput.loading(config), args)
+    if "card" in args.parts:
+        if device.type != "cuda":
+            raise data.InputError("card: torch sees no CUDA card here")
+        result |= throughput.card(config, Run(device, dtype=precision(device)[0]), args.card_batch)
     if args.json:
         print(json.dumps(result))
     return result
@@ -334,15 +354,18 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="encoder, step, losses, data; all by default")
+    parser.add_argument("parts", nargs="*", help=f"{', '.join(NEEDS)}; by default those that "
+                        "end within three minutes on two cores, and card where there is one")
     parser.add_argument("--data", help="folder of data sets for the part data")
     parser.add_argument("--json", action="store_true", help="print only one line of JSON")
     parser.add_argument("--preset", choices=PRESETS, default="base")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--card-batch", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)      # used by the script itself
     args = parser.parse_args()
-    args.parts = args.parts or list(NEEDS)
+    args.parts = args.parts or ["encoder", "step", "plan", "loading"] + \
+        ["card"] * torch.cuda.is_available()
     if set(args.parts) - set(NEEDS):
         parser.error(f"parts are {', '.join(NEEDS)}")
     if args.memory_of:

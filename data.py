@@ -41,7 +41,7 @@ from formats.files import (
 )
 from formats.folders import DEPTHS, open_folder, readable, split_folders
 from formats.masks import unstack
-from tokens import Layout
+from tokens import Layout, row_budget
 
 
 def mix(*numbers):
@@ -265,6 +265,14 @@ class Pretraining:
             if self.train and torch.rand(()) < 0.5:
                 image = v2.functional.horizontal_flip(image)
             return image, hidden_units(*self.mask)
+
+    def row_budget(self, config, batch_size, trials=8):
+        """Rows of attention for a batch of this size, from batches of masks that are drawn the same
+        way everywhere; see tokens.row_budget."""
+        with seeded(0):
+            masks = [torch.stack([hidden_units(*self.mask) for _ in range(batch_size)])
+                     for _ in range(trials)]
+        return row_budget(config, masks)
 
     def choose(self, height, width):
         """top, left, height, width of what becomes a sample: in training a random part of 20 to
@@ -820,10 +828,10 @@ def collate_photos(config, samples):
     return torch.cat([s.pop("images") for s in samples]), samples
 
 
-def collate_pretraining(config, samples):
-    """Samples of Pretraining -> images uint8 [B, 3, S, S] and their Layout."""
+def collate_pretraining(config, samples, budget=None):
+    """Samples of Pretraining -> images uint8 [B, 3, S, S] and their Layout; budget: its rows."""
     images, hidden = (torch.stack(x) for x in zip(*samples))
-    return images, Layout(config, torch.tensor([images.shape[2:]] * len(images)), hidden)
+    return images, Layout(config, torch.tensor([images.shape[2:]] * len(images)), hidden, budget)
 
 
 def collate(config, samples):

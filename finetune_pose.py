@@ -176,7 +176,7 @@ def main(args):
     total_batch = args.batch_size * state.world * args.accumulate
     training.describe(state, model, train, val, total_batch, steps, args.lr)
 
-    training.compile_model(model, args)
+    training.compile_blocks(model, args, state)
     ddp = state.wrap(model)
     batches = batching.Batches(len(train), args, state, step, steps)
     loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,

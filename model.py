@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tokens import Pick, inside, sine_position
+from tokens import Collect, Spread, inside, scatter
 
 # -----------------------------------------------------------------------------
 # Config
@@ -80,20 +80,26 @@ class WindowAttention(nn.Module):
         index = (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
         self.register_buffer("bias_index", index.view(-1), persistent=False)    # [S * S]
 
-    def forward(self, x, layout, stage, shifted):
-        """[T, C] -> [T, C]; the windows come from the layout, shifted or not."""
-        tokens, dim = x.shape
-        pick, unpick, back, block = layout.windows(stage, shifted, self.heads)
-        rows = self.qkv(x).view(tokens * 3 * self.heads, -1)        # [T * 3 * h, d]
-        slots = round(len(self.bias_index) ** 0.5)
-        q, k, v = Pick.apply(rows, pick, unpick).view(3, -1, self.heads, slots, rows.shape[1])
+    def forward(self, x, windows):
+        """[T, C] -> [T, C]; windows: see layout.Windows."""
+        dim, slots = x.shape[1], round(len(self.bias_index) ** 0.5)
+        # whole rows of qkv are gathered: all heads of a token lie together
+        rows = Spread.apply(self.qkv(x), windows.token, windows.place)          # [G * S, 3 C]
+        rows = rows.view(-1, slots, 3, self.heads, dim // self.heads)
+        q, k, v = rows.permute(2, 0, 3, 1, 4)                       # 3 x [G, h, S, d]
         bias = self.bias_table.index_select(0, self.bias_index).view(slots, slots, -1)
         bias = bias.permute(2, 0, 1)                                # [h, S, S]
-        score = (q * rows.shape[1] ** -0.5) @ k.transpose(-2, -1)   # [G, h, S, S]
-        score = score + bias if block is None else score.add_(bias).add_(block)
-        out = score.softmax(-1).to(v.dtype) @ v                     # [G, h, S, d]
-        out = out.reshape(-1, rows.shape[1]).index_select(0, back)  # [T * h, d]
-        return self.proj(out.view(tokens, dim))
+        score = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)     # [G, h, S, S]
+        score.add_(bias)                                            # in place: never all in fp32
+        if windows.owner is not None:
+            # windows that share a row do not see each other; empty slots may look at each other
+            # (never read), so that no row of the softmax is empty
+            alien = windows.owner[:, None, :, None] != windows.owner[:, None, None]
+            score.add_(torch.where(alien, -math.inf, 0.0))          # [G, 1, S, S]
+        # in fp32 inside, but autocast shall not leave the result in it
+        out = score.softmax(-1, dtype=v.dtype) @ v                  # [G, h, S, d]
+        out = out.transpose(1, 2).reshape(-1, dim)                  # [G * S, C]
+        return self.proj(Collect.apply(out, windows.place))
 
 
 class SwinBlock(nn.Module):
@@ -103,18 +109,20 @@ class SwinBlock(nn.Module):
         self.attn = WindowAttention(dim, heads, window)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        self.drop_path = drop_path
+        self.drops = drop_path > 0
+        # a tensor: as a number, torch.compile would make a graph of each block's own rate
+        self.register_buffer("drop_path", torch.tensor(drop_path), persistent=False)
 
-    def _drop(self, x, layout, stage):
+    def _drop(self, x, windows):
         """Stochastic depth: drop the branch for a whole image, keep its expectation."""
-        if not self.training or self.drop_path == 0:
+        if not (self.training and self.drops):
             return x
-        keep = torch.rand(layout.batch, device=x.device) >= self.drop_path
-        return x * (keep / (1 - self.drop_path)).to(x.dtype)[layout.coords[stage][:, 0], None]
+        keep = torch.rand(windows.batch, device=x.device) >= self.drop_path
+        return x * (keep / (1 - self.drop_path)).to(x.dtype)[windows.image, None]
 
-    def forward(self, x, layout, stage, shifted):                   # [T, C]
-        x = x + self._drop(self.attn(self.norm1(x), layout, stage, shifted), layout, stage)
-        return x + self._drop(self.mlp(self.norm2(x)), layout, stage)
+    def forward(self, x, windows):                                  # [T, C]
+        x = x + self._drop(self.attn(self.norm1(x), windows), windows)
+        return x + self._drop(self.mlp(self.norm2(x)), windows)
 
 
 class PatchMerging(nn.Module):
@@ -158,8 +166,9 @@ class Swin(nn.Module):
         for stage, blocks in enumerate(self.stages):
             if stage > 0:
                 x = self.merges[stage - 1](x)
-            for i, block in enumerate(blocks):
-                x = block(x, layout, stage, shifted=i % 2 == 1)
+            windows = [layout.windows(stage, shifted) for shifted in (False, True)[:len(blocks)]]
+            for i, block in enumerate(blocks):                      # every other one is shifted
+                x = block(x, windows[i % 2])
             maps.append(self.norms[stage](x))
         return maps                                                 # 4 x [T_s, C_s]
 
@@ -224,14 +233,15 @@ class Fusion(nn.Module):
         self.pointwise = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, maps, layout, stage):                         # 2-3 x [T, D] -> [T, D]
+    def forward(self, maps, shape, place):
+        """2-3 maps [T, D] -> [T, D]; shape [B, H, W] of the grid and place [T] in it."""
         weight = self.weight.relu()
         weight = weight / (weight.sum() + 1e-4)
         x = F.silu(sum(w * m for w, m in zip(weight, maps)))
         # hidden tokens are zero before the convolution and dropped after it: they stay hidden
-        grid = layout.to_grid(x, stage).permute(0, 3, 1, 2)         # [B, D, H, W] channels last
+        grid = scatter(x, shape, place).permute(0, 3, 1, 2)         # [B, D, H, W] channels last
         grid = self.depthwise(grid).permute(0, 2, 3, 1)             # [B, H, W, D]
-        x = grid.reshape(-1, grid.shape[-1]).index_select(0, layout.grid(stage)[1])
+        x = Collect.apply(grid.reshape(-1, grid.shape[-1]), place)
         return self.norm(self.pointwise(x))
 
 
@@ -260,13 +270,14 @@ class BiFPN(nn.Module):
         self.bottom_up = nn.ModuleList(Fusion(dim, n) for n in (3, 3, 2))
 
     def forward(self, maps, layout):
+        grids = [layout.grid(stage) for stage in range(4)]
         p2, p3, p4, p5 = (lateral(x) for lateral, x in zip(self.lateral, maps))
-        t4 = self.top_down[2]([p4, up(p5)], layout, 2)
-        t3 = self.top_down[1]([p3, up(t4)], layout, 1)
-        o2 = self.top_down[0]([p2, up(t3)], layout, 0)
-        o3 = self.bottom_up[0]([p3, t3, down(o2)], layout, 1)
-        o4 = self.bottom_up[1]([p4, t4, down(o3)], layout, 2)
-        o5 = self.bottom_up[2]([p5, down(o4)], layout, 3)
+        t4 = self.top_down[2]([p4, up(p5)], *grids[2])
+        t3 = self.top_down[1]([p3, up(t4)], *grids[1])
+        o2 = self.top_down[0]([p2, up(t3)], *grids[0])
+        o3 = self.bottom_up[0]([p3, t3, down(o2)], *grids[1])
+        o4 = self.bottom_up[1]([p4, t4, down(o3)], *grids[2])
+        o5 = self.bottom_up[2]([p5, down(o4)], *grids[3])
         return [o2, o3, o4, o5]
 
 
@@ -374,7 +385,7 @@ class GLID(nn.Module):
             images = torch.where(inside(layout.sizes, *images.shape[2:])[:, None], images, BLACK)
         images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]),
                        value=BLACK)
-        return split_units(images, unit)[tuple(layout.units.unbind(1))]
+        return split_units(images, unit)[tuple(layout.units.long().unbind(1))]
 
     def encode(self, images, layout):
         """Normalised images and their layout -> BiFPN maps, 4 x packed [T, D]."""
@@ -451,7 +462,7 @@ class Pretrainer(nn.Module):
 
         norm_pix: each unit minus its mean, over its standard deviation, as MAE.
         """
-        x = split_units(images, self.glid.config.unit)[tuple(where.unbind(1))].flatten(1)
+        x = split_units(images, self.glid.config.unit)[tuple(where.long().unbind(1))].flatten(1)
         if self.norm_pix:
             x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
         return x.view(len(images), -1, x.shape[1])
@@ -459,12 +470,10 @@ class Pretrainer(nn.Module):
     def forward(self, images, layout):
         """images float [B, 3, H, W], multiples of the unit; layout with the same number N of hidden
         units in every image -> (prediction, target), float [B, N, 3 unit**2]."""
-        b, cls, unit = len(images), self.glid.decoder.cls, self.glid.config.unit
+        b, cls = len(images), self.glid.decoder.cls
         maps = self.glid.encode(images, layout)
-        # a unit's centre in 0..1: the coordinates of the keys
-        centre = (layout.hidden[:, 1:] + 0.5) * unit / layout.sizes[layout.hidden[:, 0]]
-        position = sine_position(centre, len(cls))                          # [B * N, D]
-        queries = self.mask_token + position                                # added once, at input
+        # [M] knows its place by the coordinates of the keys, added once, at the input
+        queries = self.mask_token + layout.hidden_position(len(cls))        # [B * N, D]
         queries = torch.cat([cls.expand(b, 1, -1), queries.view(b, -1, len(cls))], 1)
         x = self.glid.decode(queries, maps, layout)[-1]                     # [B, 1 + N, D]
         return self.head(x[:, 1:]), self.target(images, layout.hidden)

@@ -15,6 +15,8 @@ OUT holds last.pt (resume), best.pt (fine-tune), log.jsonl and samples/*.png: in
 encoder saw, reconstruction.
 """
 import argparse
+import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,6 +56,17 @@ def flags():
     return parser
 
 
+class Objective(torch.nn.Module):
+    """From a batch to its loss: what a step computes, as one graph if it is compiled."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, layout):
+        return reconstruction_loss(*self.model(images, layout))
+
+
 @torch.no_grad()
 def evaluate(model, dataset, args, state):
     """Mean squared error per target value over the whole validation set, all processes."""
@@ -86,7 +99,7 @@ def picture(model, dataset, path, state, count=8):
     pixels, layout = normalize(images.to(state.device)), layout.to(state.device)
     prediction = model(pixels, layout)[0].float()
     model.train()
-    where, unit = tuple(layout.hidden.unbind(1)), config.unit
+    where, unit = tuple(layout.hidden.long().unbind(1)), config.unit
     if model.norm_pix:
         truth = split_units(pixels, unit)[where].flatten(1)
         prediction = prediction * (truth.var(-1) + 1e-6).sqrt().view(*prediction.shape[:2], 1) \
@@ -139,11 +152,18 @@ def main(args):
     lr = args.lr or 1.2e-3 * total_batch / 2048                             # = MAE's 1.5e-4 per 256
     training.describe(state, model, train, val, total_batch, steps, lr)
 
-    training.compile_model(model, args)
-    ddp = state.wrap(model)
+    objective = Objective(model)
+    training.compile_whole(objective, args, state)
+    ddp, pixels = state.wrap(objective), 3 * config.unit ** 2
+    # kept from step to step: the memory that a CUDA graph gives to a gradient serves one pass only
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    # with a budget for the rows of attention all batches have the same shapes
+    collate, level = partial(collate_pretraining, budget=train.row_budget(
+        config, args.batch_size)), 0
     batches = batching.Batches(len(train), args, state, step, steps)
-    loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches,
-                                            collate_pretraining, config, args, state))
+    loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,
+                                            config, args, state))
     log = training.Log(args, state, step, due)
     with training.Progress(step, steps, "pre-training", loader, state, total_batch) as bar:
         model.train()
@@ -156,14 +176,17 @@ def main(args):
             training.set_lr(optimizer, lr * training.cosine(step, steps, warmup))
             for micro in range(args.accumulate):
                 images, layout = state.fetch(loader)
+                if layout.level > level:
+                    level = layout.level
+                    print(f"\nstep {step}: these masks need more rows of attention than budgeted; "
+                          f"raised, level {level}", file=sys.stderr, flush=True)
                 with state.no_sync(ddp, last=micro + 1 == args.accumulate):
                     with state.autocast():
-                        prediction, target = ddp(images, layout)
-                    loss = reconstruction_loss(prediction, target) / args.accumulate
+                        loss = ddp(images, layout) / args.accumulate
                     loss.backward()
-                bar.add(loss / target.shape[-1])
+                bar.add(loss / pixels)              # of the mean squared error of a pixel
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=False)
             step += 1
 
             stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM

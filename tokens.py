@@ -7,55 +7,27 @@ batch of unequal images hides the units with no image in them. Hidden units cost
 not reach any output, and masked pre-training, odd sizes and ragged batches are one code path.
 
 Letters: B images, n visible units, T tokens of a stage (all images, one list), C channels, G rows
-of window attention, S slots in a row = window ** 2, h heads, d channels of a head, K keys.
+of window attention, S slots in a row = window ** 2, k windows that a unit can touch along an axis.
 """
 import math
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+
+from packing import enough, plan, touched
+
+STAGES = range(4)
 
 
-def morton(side):
-    """(y, x) of the side**2 tokens of a unit in Z-order, int64 [side**2, 2].
-
-    The row bit is the low one, so four neighbours in the list are the cell's (0,0) (1,0) (0,1)
-    (1,1): Swin's order of the children in patch merging, which lets torchvision's weights fit.
-    """
-    order = torch.zeros(1, 2, dtype=torch.long)
-    child = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
-    while len(order) < side * side:
-        order = (2 * order[:, None] + child).reshape(-1, 2)
-    return order
-
-
-def share_rows(occupied, open_rows=32):
-    """Give every window a row of attention; windows whose visible slots do not collide share one.
-
-    First fit, fullest window first. Swin's cyclic shift, which joins the half windows of opposite
-    borders, is the special case "nothing hidden". At 75 % hidden it saves over half of the rows.
-
-    occupied: bool [W, S], numpy. Returns the row of each window, int64 [W].
-    """
-    row_of, rows = np.zeros(len(occupied), dtype=np.int64), []
-    bits = [int.from_bytes(w.tobytes(), "big") for w in np.packbits(occupied, axis=1)]
-    full = (1 << 8 * ((occupied.shape[1] + 7) // 8)) - (1 << -occupied.shape[1] % 8)
-    free = []                                       # rows with a slot left, newest last
-    for w in np.argsort(-occupied.sum(1), kind="stable"):
-        for i in range(max(0, len(free) - open_rows), len(free)):
-            if not rows[free[i]] & bits[w]:
-                row = free[i]
-                break
-        else:
-            row, i = len(rows), len(free)
-            rows.append(0)
-            free.append(row)
-        rows[row] |= bits[w]
-        row_of[w] = row
-        if rows[row] == full:
-            free.pop(i)
-    return row_of
+class Windows(NamedTuple):
+    """What window attention needs to know. All rows and slots are one list of G * S places."""
+    token: torch.Tensor         # int64 [G * S], the token in each slot; 0 in an empty one
+    place: torch.Tensor         # int64 [T], the slot of each token, the inverse
+    owner: torch.Tensor         # int64 [G, S], the window of each slot, -1 = empty; None if every
+    #                             row is one full window
+    image: torch.Tensor         # int64 [T], the image of each token
+    batch: int                  # B
 
 
 class Layout:
@@ -64,136 +36,146 @@ class Layout:
     Tokens of all images are ONE list, visible units only, Z-order inside a unit. Merging is then
     x.view(T // 4, 4 * C), upsampling repeat_interleave(4), 2x2 pooling view(-1, 4, C).amax(1).
     Only window attention and the 3x3 convolution look at neighbours; they go through indices.
-    What is data-dependent is planned here on the CPU, by the data processes, so that a GPU never
-    waits for it; to(device) moves the plan, and the indices are expanded there when first used.
 
-    sizes:  int64 [B, 2], height and width of each image in px, at the top left of the batch canvas.
+    What depends on the data is planned here, by the data processes: four tensors, which travel with
+    the batch in one copy. The rest is arithmetic on the device, inside the graph if the model is
+    compiled; with a budget no shape then differs between batches of the same size and mask ratio.
+
+        sizes   int32 [B, 2]    height and width of each image in px
+        units   int32 [n, 3]    image, row, column of the visible units
+        hidden  int32 [N, 3]    of the hidden units, N those of all images
+        rows    int32 [n, sum]  rows of attention of the k * k windows that a unit touches, of every
+                                stage, first of plain and then of shifted windows
+
+    sizes:  int64 [B, 2], images lie at the top left of the batch canvas.
     hidden: bool [B, Uh, Uw], units the network must not see; None = nothing is hidden.
+    budget: rows of attention of each plan, None = as few as this batch needs; see row_budget.
     """
 
-    def __init__(self, config, sizes, hidden=None):
-        self.config, self.batch, self.sizes = config, len(sizes), sizes.contiguous()
+    def __init__(self, config, sizes, hidden=None, budget=None):
+        self.config, self.batch, self.sizes = config, len(sizes), sizes.int().contiguous()
         extent = (sizes + config.unit - 1) // config.unit                       # [B, 2] units
         self.grid_units = extent.amax(0).tolist()                               # Uh, Uw
         seen = exists = inside(extent, *self.grid_units)                        # [B, Uh, Uw]
         if hidden is not None:
             seen = exists & ~hidden
-        self.units = seen.nonzero()                         # [n, 3] image, row, column
-        self.hidden = (exists & ~seen).nonzero()            # [N of all images, 3]
-        self.counts = seen.flatten(1).sum(1).tolist()       # B visible units; never on a GPU
-        if min(self.counts) == 0:
+        counts = seen.flatten(1).sum(1)                                         # visible units
+        if counts.min() == 0:
             raise ValueError("an image of the batch has no visible unit")
-        self.ragged = min(self.counts) < max(self.counts)
+        self.longest, self.ragged = int(counts.max()), bool((counts != counts[0]).any())
         self.padded = bool((sizes < torch.tensor(self.grid_units) * config.unit).any())
-        self.coords = []                                    # per stage [T, 3] image, row, column
-        for side in (8, 4, 2, 1):
-            place = F.pad(morton(side), (1, 0))             # [side**2, 3], image offset 0
-            scale = torch.tensor([1, side, side])
-            self.coords.append((self.units[:, None] * scale + place).reshape(-1, 3))
-        self.plans = {(stage, shifted): self._plan(stage, shifted, extent * (8 >> stage))
-                      for stage, depth in enumerate(config.depths) for shifted in (False, True)
-                      if shifted is False or depth > 1}
-        self._cache = {}
+        self.units, self.hidden = seen.nonzero().int(), (exists & ~seen).nonzero().int()
+        self._plan(extent.numpy(), budget)
 
-    def _plan(self, stage, shifted, extent):
-        """Window of each token: (place in 0..G*S [T], window [T], G, whether rows are mixed).
+    def _plan(self, extent, budget):
+        """Sets self.rows and, of each plan (stage, shifted), first column of it, G and whether a
+        row may hold slots that must not see each other; the rows needed, and the budget's level."""
+        window, units = self.config.window, self.units.numpy().astype(np.int64)
+        columns, found, self.plans = [], {}, {}
+        for stage, shifted in self.kinds(self.config):
+            side = 8 >> stage
+            shift = shifts(extent * side, window, shifted, np.where)            # [B, 2]
+            if not shifted or shift.any():
+                origin = units[:, 1:] * side + window - shift[units[:, 0]]
+                found[stage] = plan(units, origin, side, window)
+            columns.append(found[stage][0])
+            self.plans[stage, shifted] = found[stage][1:]
+        self.rows = torch.from_numpy(np.concatenate(columns, 1)).int()
+        self.needed, self.level = [rows for rows, _ in self.plans.values()], 0
+        rows = self.needed
+        if budget is not None:
+            rows, self.level = enough(self.needed, budget)
+        first = 0
+        for (key, (_, windows)), g, part in zip(self.plans.items(), rows, columns):
+            tokens = len(units) * (8 >> key[0]) ** 2
+            mixed = budget is not None or g < windows or g * window ** 2 > tokens
+            self.plans[key] = (first, g, mixed)
+            first += part.shape[1]
+
+    @staticmethod
+    def kinds(config):
+        """(stage, shifted) of each plan; a stage of one block has no shifted windows."""
+        return [(stage, shifted) for stage in STAGES for shifted in (False, True)
+                if not shifted or config.depths[stage] > 1]
+
+    def to(self, device):
+        """Move to the device, in place."""
+        for name in ("sizes", "units", "hidden", "rows"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def coords(self, stage):
+        """Image, row, column of every token: int64 [n, side * side] and [n, side * side, 2]."""
+        side, units = 8 >> stage, self.units.long()
+        yx = units[:, None, 1:] * side + morton(side, units.device)
+        return units[:, :1].expand(yx.shape[:2]), yx
+
+    def windows(self, stage, shifted):
+        """Windows of a stage's attention.
 
         A token's window is floor((coordinate + window - shift) / window): no roll, no padding,
         windows at the border are just partly filled (exactly the partition that Swin rolls for).
         """
-        w, (b, y, x) = self.config.window, self.coords[stage].unbind(1)
-        # as in Swin, an image that fits into one window is not shifted (per image and axis)
-        shift = torch.where(extent <= w, 0, w // 2 if shifted else 0)[b]        # [T, 2]
-        y, x = y + w - shift[:, 0], x + w - shift[:, 1]
-        slot = (y % w) * w + x % w                                              # [T]
-        wide = int(max(y.max(), x.max())) // w + 1
-        window = (b * wide + y // w) * wide + x // w
-        window = window.unique(return_inverse=True)[1]                          # [T] those in use
-        windows = int(window.max()) + 1
-        occupied = np.zeros((windows, w * w), dtype=bool)
-        occupied[window.numpy(), slot.numpy()] = True
-        row = share_rows(occupied)                                              # [windows]
-        rows = int(row.max()) + 1
-        mixed = rows < windows or rows * w * w > len(slot)
-        return torch.from_numpy(row)[window] * w * w + slot, window, rows, mixed
-
-    def to(self, device):
-        """Move to the device, in place; call it before the first use there."""
-        move = partial(torch.Tensor.to, device=device)
-        self.sizes, self.units, self.hidden = map(move, (self.sizes, self.units, self.hidden))
-        self.coords = [move(c) for c in self.coords]
-        self.plans = {k: (move(place), move(window), *more)
-                      for k, (place, window, *more) in self.plans.items()}
-        return self
-
-    def _cached(self, key, make):
-        if key not in self._cache:
-            self._cache[key] = make()
-        return self._cache[key]
+        (first, rows, mixed), w, side = self.plans[stage, shifted], self.config.window, 8 >> stage
+        extent = (self.sizes.long() + self.config.unit - 1) // self.config.unit * side
+        image, yx = self.coords(stage)
+        yx = yx + w - shifts(extent, w, shifted, torch.where)[image[:, 0], None]
+        window = yx // w                                            # [n, side * side, 2]
+        # the unit's first token is its smallest, so this counts the windows that the unit touches
+        near, k = window - window[:, :1], touched(side, w)
+        near = near[..., 0] * k + near[..., 1]                      # [n, side * side]
+        row = self.rows[:, first:first + k * k].long().gather(1, near)
+        place = (row * w * w + yx[..., 0] % w * w + yx[..., 1] % w).view(-1)        # [T]
+        token = place.new_zeros(rows * w * w)
+        token.index_copy_(0, place, torch.arange(len(place), device=place.device))
+        owner = None
+        if mixed:
+            wide = max(self.grid_units) * side // w + 2
+            number = (image * wide + window[..., 0]) * wide + window[..., 1]
+            owner = place.new_full((rows * w * w,), -1)
+            owner = owner.index_copy_(0, place, number.view(-1)).view(rows, w * w)
+        return Windows(token, place, owner, image.reshape(-1), self.batch)
 
     def grid(self, stage):
-        """(B, H, W) of the padded token map, and each token's place in it, int64 [T]."""
-        def make():
-            h, w = (u * (8 >> stage) for u in self.grid_units)
-            b, y, x = self.coords[stage].unbind(1)
-            return (self.batch, h, w), (b * h + y) * w + x
-        return self._cached(("grid", stage), make)
+        """[B, H, W] of the padded token map, and each token's place in it, int64 [T]."""
+        h, w = (u * (8 >> stage) for u in self.grid_units)
+        image, yx = self.coords(stage)
+        return [self.batch, h, w], ((image * h + yx[..., 0]) * w + yx[..., 1]).view(-1)
 
     def to_grid(self, x, stage):
         """Packed [T, C] -> map [B, H, W, C] with zeros where nothing is visible."""
-        (b, h, w), place = self.grid(stage)
-        return x.new_zeros(b * h * w, x.shape[1]).index_copy_(0, place, x).view(b, h, w, -1)
-
-    def windows(self, stage, shifted, heads):
-        """Indices of window attention:
-          pick  [3 * G * h * S] rows of qkv viewed as [T * 3 * h, d]; hidden slots repeat a token
-          unpick[T * 3 * h]     its inverse
-          back  [T * h]         rows of the result viewed as [G * h * S, d]
-          block None, or float [G, 1, S, S]: -inf between slots of different windows
-        """
-        return self._cached(("windows", stage, shifted),
-                            lambda: self._windows(stage, shifted, heads))
-
-    def _windows(self, stage, shifted, heads):
-        place, window, rows, mixed = self.plans[stage, shifted]
-        slots, device = self.config.window ** 2, place.device
-        token = place.new_zeros(rows * slots)                       # hidden slots: token 0, unused
-        token[place] = torch.arange(len(place), device=device)
-        head, part = torch.arange(heads, device=device), torch.arange(3, device=device)
-        pick = (token.view(1, rows, 1, -1) * 3 + part.view(3, 1, 1, 1)) * heads \
-            + head.view(1, 1, heads, 1)                             # [3, G, h, S]
-        back = (place // slots)[:, None] * heads + head             # [T, h]
-        back = back * slots + (place % slots)[:, None]
-        unpick = back[:, None] + part[:, None] * rows * heads * slots           # [T, 3, h]
-        block = None
-        if mixed:
-            owner = place.new_full((rows * slots,), -1)
-            owner[place] = window
-            owner = owner.view(rows, 1, slots)
-            # hidden slots may look at each other (never read), so that no softmax row is empty
-            alien = owner[:, :, :, None] != owner[:, :, None, :]    # [G, 1, S, S]
-            block = torch.zeros(alien.shape, device=device).masked_fill_(alien, -math.inf)
-        return pick.view(-1), unpick.view(-1), back.view(-1), block
+        return scatter(x, *self.grid(stage))
 
     def position(self, stage, dim):
         """Sine position of every token, float [T, dim], normalised by the image's own extent."""
-        def make():
-            coords, stride = self.coords[stage], self.config.patch << stage
-            return sine_position((coords[:, 1:] + 0.5) * stride / self.sizes[coords[:, 0]], dim)
-        return self._cached(("position", stage), make)
+        image, yx = self.coords(stage)
+        yx = (yx + 0.5) * (self.config.patch << stage) / self.sizes[image[:, 0], None]
+        return sine_position(yx, dim).view(-1, dim)
+
+    def hidden_position(self, dim):
+        """The same of the hidden units: their centre in the coordinates of the keys."""
+        image, yx = self.hidden[:, 0].long(), self.hidden[:, 1:]
+        return sine_position((yx + 0.5) * self.config.unit / self.sizes[image], dim)
 
     def to_batch(self, x, stage):
         """Packed [T, C] -> keys [B, K, C] and bool [B, 1, 1, K], True = real; None if all are."""
         if not self.ragged:
             return x.view(self.batch, -1, x.shape[1]), None
-        def make():
-            counts = torch.tensor(self.counts) * (8 >> stage) ** 2
-            real = torch.arange(int(counts.max())) < counts[:, None]            # [B, K]
-            place = real.view(-1).nonzero()[:, 0]
-            return place.to(x.device), real[:, None, None].to(x.device)
-        place, real = self._cached(("batch", stage), make)
-        keys = x.new_zeros(real.numel(), x.shape[1]).index_copy_(0, place, x)
-        return keys.view(self.batch, -1, x.shape[1]), real
+        image, cells = self.units[:, 0].contiguous(), (8 >> stage) ** 2
+        number = torch.arange(len(image), device=x.device)
+        ends = torch.searchsorted(image, torch.arange(self.batch + 1, device=x.device).int())
+        place = image * self.longest + number - ends[image]         # [n], a place for each unit
+        place = place[:, None] * cells + torch.arange(cells, device=x.device)
+        shape = [self.batch, self.longest * cells]                  # B, K
+        real = torch.arange(shape[1], device=x.device) < (ends[1:] - ends[:-1])[:, None] * cells
+        return scatter(x, shape, place.view(-1)), real[:, None, None]
+
+
+def row_budget(config, batches):
+    """Rows of attention that nearly every batch like these is content with; one number a plan."""
+    sizes = torch.tensor([[config.image_size] * 2])
+    needed = np.array([Layout(config, sizes.expand(len(h), 2), h).needed for h in batches])
+    return np.ceil(needed.mean(0) + 4 * needed.std(0) + 1).astype(int).tolist()
 
 
 def whole(config, images):
@@ -205,6 +187,26 @@ def inside(sizes, height, width):
     """bool [B, height, width], True inside the top left sizes [B, 2] = (h, w)."""
     y = torch.arange(height, device=sizes.device)[:, None] < sizes[:, 0, None, None]
     return y & (torch.arange(width, device=sizes.device) < sizes[:, 1, None, None])
+
+
+def shifts(extent, window, shifted, where):
+    """Tokens that the windows are shifted by, [B, 2]. As in Swin, an image that fits into one
+    window is not shifted (per image and axis). extent: tokens [B, 2]; where: numpy's or torch's."""
+    return where(extent <= window, 0, window // 2 if shifted else 0)
+
+
+def morton(side, device=None):
+    """(y, x) of the side**2 tokens of a unit in Z-order, int64 [side**2, 2].
+
+    The row bit is the low one, so four neighbours in the list are the cell's (0,0) (1,0) (0,1)
+    (1,1): Swin's order of the children in patch merging, which lets torchvision's weights fit.
+    """
+    number = torch.arange(side * side, device=device)[:, None]
+    axis = torch.arange(2, device=device)
+    order = torch.zeros_like(number + axis)
+    for bit in range(side.bit_length() - 1):
+        order = order + ((number >> (2 * bit + axis) & 1) << bit)
+    return order
 
 
 def sine_position(yx, dim, temperature=10000):
@@ -219,18 +221,43 @@ def sine_position(yx, dim, temperature=10000):
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)    # [..., 4 * pairs]
 
 
-class Pick(torch.autograd.Function):
-    """x[pick] whose gradient is a gather as well.
+# -----------------------------------------------------------------------------
+# Between the packed list and windows or maps
 
-    Hidden slots repeat some token, but their gradient is exactly zero (masked as keys, never read
-    as queries), so the inverse gather is the true gradient, without a scatter-add.
+
+def scatter(x, shape, place):
+    """Packed [T, C] -> [*shape, C], token t at place[t], zeros elsewhere."""
+    out = x.new_zeros(math.prod(shape), x.shape[1])
+    return out.index_copy_(0, place, x).view(*shape, x.shape[1])
+
+
+class Spread(torch.autograd.Function):
+    """Packed [T, C] -> slots [G * S, C]. Its gradient is a gather as well.
+
+    Empty slots repeat token 0, but their gradient is exactly zero (masked as keys, never read as
+    queries), so the inverse gather is the true gradient, without a scatter-add.
     """
 
     @staticmethod
-    def forward(ctx, x, pick, unpick):
-        ctx.save_for_backward(unpick)
-        return x.index_select(0, pick)
+    def forward(ctx, x, token, place):
+        ctx.save_for_backward(place)
+        return x.index_select(0, token)
 
     @staticmethod
     def backward(ctx, grad):
         return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class Collect(torch.autograd.Function):
+    """Slots [G * S, C] -> packed [T, C]. No slot is read twice, so its gradient is a copy, where
+    autograd's own would add."""
+
+    @staticmethod
+    def forward(ctx, x, place):
+        ctx.save_for_backward(place)
+        ctx.slots = len(x)
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return scatter(grad, [ctx.slots], ctx.saved_tensors[0]), None

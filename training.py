@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import InputError
-from model import PRESETS, Config, normalize
+from model import PRESETS, Config, DecoderLayer, Fusion, SwinBlock, normalize
 
 try:
     import fcntl
@@ -102,7 +102,8 @@ def add_flags(parser):
     run("--check", action="store_true", help="only say what the data set would teach")
     run("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: CUDA if "
         "there is any, else the CPU; mps: Apple's GPU")
-    run("--compile", action="store_true", help="torch.compile the decoder (GPUs)")
+    run("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: pre-training's "
+        "whole step, by default on CUDA; of fine-tuning the blocks, by default not")
     run("--save-every", type=POSITIVE, default=500, help="steps between checkpoints")
     run("--seed", type=number(int, 0, 2**63), default=0, help="of all that is random")
     data("--data", help="folder of the data set, or toyworld")
@@ -219,6 +220,8 @@ def explained(error):
     if isinstance(error, NotImplementedError) and "MPS" in text:
         return f"Apple's GPU lacks an operation ({first[:120]}); --device cpu, or set " \
             "PYTORCH_ENABLE_MPS_FALLBACK=1"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed ({first[:120]}); --no-compile goes on without"
     if "DataLoader worker" in text and ("killed" in text or "exited" in text):
         return f"a data process has ended ({first[:120]}); was memory full? Try --workers 0"
     if dist.is_initialized() and ("gloo" in text or isinstance(error, dist.DistBackendError)):
@@ -495,11 +498,45 @@ def describe(state, model, train, val, batch, steps, lr):
               f"images; peak learning rate {lr:.3g}")
 
 
-def compile_model(model, args):
-    """--compile: the decoder layers, whose shapes repeat; the packed parts change with the mask."""
-    if args.compile:
-        for layer in model.glid.decoder.layers:
-            layer.compile()
+# -----------------------------------------------------------------------------
+# torch.compile
+
+
+def compile_whole(objective, args, state):
+    """--compile in pre-training: forward pass and loss as one graph, whose shapes never change. On
+    CUDA its kernels are launched all at once, as a CUDA graph. In place: names stay as they are."""
+    on_cuda = state.device.type == "cuda"
+    if compiles(on_cuda if args.compile is None else args.compile, state):
+        # DDP would cut the graph into pieces, to send gradients while others are computed
+        torch._dynamo.config.optimize_ddp = False
+        objective.compile(fullgraph=True, dynamic=False,
+                          mode="reduce-overhead" if on_cuda else "default")
+
+
+def compile_blocks(model, args, state):
+    """--compile in fine-tuning, where sizes change from batch to batch: the blocks, each a graph
+    for any size. What lies between them, and the losses, stay as they are."""
+    if compiles(args.compile, state):
+        # blocks differ in widths, in whether windows share rows and whether keys are padded
+        torch._dynamo.config.cache_size_limit = 64
+        for module in model.glid.modules():
+            if isinstance(module, (SwinBlock, Fusion, DecoderLayer)):
+                module.compile(dynamic=True)
+
+
+def compiles(wanted, state):
+    """Whether torch.compile is wanted and works; if not everywhere, one line says so."""
+    error = None
+    if wanted:
+        try:                                    # all it needs: Python's headers, gcc, Triton, ...
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=state.device))
+        except Exception as failed:             # whatever is missing: training goes on without
+            lines = [x for x in str(failed).splitlines() if x and not x.startswith("backend=")]
+            error = lines[0] if lines else type(failed).__name__
+        if state.sum(error is not None)[0]:     # all processes alike
+            state.say(f"not compiled: {(error or 'another process cannot')[:120]}")
+            wanted = False
+    return bool(wanted)
 
 
 # -----------------------------------------------------------------------------
