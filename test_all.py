@@ -1030,22 +1030,6 @@ def test_colours_change_pixel_by_pixel_as_said():
 
 
 # -----------------------------------------------------------------------------
-# Segmentation inference
-
-
-def test_semantic_inference_enlarges_logits():
-    """Mask2Former's order: logits to the network's input, sigmoid, sum of queries, cut, resize."""
-    generator = torch.Generator().manual_seed(0)
-    classes, masks = (3 * torch.randn(*n, generator=generator) for n in ((5, 4), (5, 16, 24)))
-    big = F.interpolate(masks[None, ..., :16], (64, 64), mode="bilinear")[0].sigmoid()
-    sums = torch.einsum("qk,qhw->khw", classes.softmax(-1)[:, :3], big)[:, :50, :60]
-    expected = F.interpolate(sums[None], (70, 33), mode="bilinear")[0]
-    real = inference.PART
-    for inference.PART in (1, real):                        # in parts as at once
-        assert_close(semantic_inference(classes, masks, (50, 60), 4, (70, 33)), expected, 1e-5)
-
-
-# -----------------------------------------------------------------------------
 # Detection
 
 
@@ -1284,14 +1268,15 @@ def test_detection_loop_does_what_it_says():
 
 
 # -----------------------------------------------------------------------------
-# Instance and panoptic segmentation
+# Segmentation
 
 
 ALL_TASKS = ["semantic", "instance", "panoptic"]
 
 
-def test_objects_and_segments_from_masks():
-    """One pair of query and class after the other; Mask2Former's rule for all masks at once."""
+def test_segmentation_inference_is_mask2formers():
+    """For all masks at once: logits are enlarged to the network's input, cut, and enlarged to the
+    original; of semantic segmentation it is the sum of the queries that is enlarged last."""
     merged, void, real = 0, 0, inference.PART
     for seed, (limit, least, share), inference.PART in itertools.product(
             range(4), ((100, 0, 0.1), (7, 0.5, 0.4), (100, 0.8, 0.6)), (1, real)):
@@ -1299,11 +1284,13 @@ def test_objects_and_segments_from_masks():
         classes = 3 * torch.randn(12, 5, generator=generator)
         masks = 2 * torch.randn(12, 5, 4, generator=generator).repeat_interleave(8, 1)
         masks = masks.repeat_interleave(8, 2) + torch.randn(12, 40, 32, generator=generator) - 1.4
-        classes[2, 0], masks[2, 20:30] = 15, 9
-        classes[3], masks[3], masks[5] = classes[2], masks[2], -9.0     # the same twice; nothing
+        classes[2, 0], classes[7:9, 2], masks[2, 20:30] = 15, 9, 9
+        classes[3], masks[3], masks[5] = classes[2, [1, 0, 2, 3, 4]], masks[2], -9.0    # as sure; 0
         asked = classes, masks, (48, 32), 4, (61, 43)
-        big = F.interpolate(masks[None, :, :16, :8], (64, 32), mode="bilinear")[:, :, :48]
-        big = F.interpolate(big, (61, 43), mode="bilinear")[0]
+        cut = F.interpolate(masks[None, :, :16, :8], (64, 32), mode="bilinear")[:, :, :48]
+        sums = torch.einsum("qk,bqhw->bkhw", classes.softmax(-1)[:, :4], cut.sigmoid())
+        sums, big = (F.interpolate(x, (61, 43), mode="bilinear")[0] for x in (sums, cut))
+        assert_close(semantic_inference(*asked), sums, 1e-5)
         pairs = [(p.item(), k, p * big[q][big[q] > 0].sigmoid().mean(), big[q] > 0)
                  for q in range(12) for k, p in enumerate(classes[q].softmax(0)[:4])]
         pairs = [x for x in sorted(pairs, key=lambda x: -x[0])[:limit] if x[3].any()]
@@ -1391,6 +1378,9 @@ def test_objects_stay_aligned_and_empty_ones_go():
             assert len(found) in (len(shown), len(shown) + 1)       # a blurred edge may vanish
             counts.add(len(found))
     assert len(counts) > 1, "no crop has cut anything off"
+    train.transform, semantic = data.v2.Identity(), train.source[0]["semantic"]
+    semantic[:], semantic[3, 4] = 255, 2                                # one pixel is enough
+    assert train[45, 0]["labels"].tolist() == [2]
 
 
 def test_masks_are_scaled_about_their_pixels_centres():
@@ -1453,18 +1443,14 @@ def test_every_parameter_learns_in_multitask():
 def test_multitask_loss_is_a_mean_over_images():
     """However the tasks fall to the processes, the mean of their losses is that of one process.
     Constant masks and logits, two objects everywhere: no chance, equal weights."""
-    def add(*values):                   # grows with every process that asks; the last one knows
-        sums.append(values)
-        return np.sum(sums, 0).tolist()
     generator = torch.Generator().manual_seed(0)
     tasks = ("instance", "instance", "panoptic", "semantic", "panoptic", "panoptic")
     classes = torch.randn(2, 6, 5, 4, generator=generator)
     masks = torch.randn(2, 6, 5, 1, 1, generator=generator).expand(-1, -1, -1, 16, 16)
-    full, sums = torch.tensor([True, False])[:, None, None].expand(-1, 64, 64), []
+    full = torch.tensor([True, False])[:, None, None].expand(-1, 64, 64)
 
     def mean_loss(images_each):
-        sums.clear()
-        state, parts = argparse.Namespace(world=1, sum=add), []
+        found, state = [], training.Run(torch.device("cpu"))
         for i in range(0, 6, images_each):
             share = sorted(range(i, i + images_each), key=tasks.__getitem__)
             targets = [{"task": tasks[b], "labels": torch.tensor([2, 0]), "masks": full}
@@ -1473,8 +1459,8 @@ def test_multitask_loss_is_a_mean_over_images():
             answers = {t: (classes[:, share[mine]], masks[:, share[mine]])
                        for t, mine in asked.items()}
             density = finetune_seg.objects_per_image(asked, targets, state)
-            parts.append((answers, asked, targets))
-        return np.mean([finetune_seg.batch_loss(*part, density, (64, 64), 32) for part in parts])
+            found.append(finetune_seg.batch_loss(answers, asked, targets, density, (64, 64), 32))
+        return np.mean(found)
     for images_each in (3, 2, 1):
         assert abs(mean_loss(images_each) / mean_loss(6) - 1) < 1e-4
 
@@ -1483,10 +1469,11 @@ def test_truth_as_answer_is_perfect():
     """For every task exactly 1; with things taken for each other only the stuff stays perfect."""
     dataset = data.open_segmentation("toyworld:12", 64, tasks=ALL_TASKS)[1]
     args = args_for(finetune_seg, "--tasks", ",".join(ALL_TASKS), "--batch-size", 5, "--workers", 0)
-    results = []
-    for turn in (0, 1):
-        def oracle(images, layout, asked, samples=iter([dataset[0, i] for i in range(12)]),  # noqa
-                   turn=turn):
+
+    def evaluated(turn):
+        samples = iter([dataset[0, i] for i in range(12)])
+
+        def oracle(images, layout, asked):
             shown, answers = [next(samples) for _ in images], {}
             for task in asked:
                 classes, masks = (torch.full((1, len(images), 20, *n), -30.0)
@@ -1501,9 +1488,8 @@ def test_truth_as_answer_is_perfect():
             return answers
         oracle.glid = argparse.Namespace(config=Config(**PRESETS["tiny"] | dict(patch=1)))
         oracle.train = oracle.eval = lambda: None
-        results.append(finetune_seg.evaluate(oracle, dataset, args,
-                                             training.Run(torch.device("cpu"))))
-    right, wrong = results
+        return finetune_seg.evaluate(oracle, dataset, args, training.Run(torch.device("cpu")))
+    right, wrong = evaluated(0), evaluated(1)
     assert right == {n: 1.0 for names in finetune_seg.REPORT.values() for n in names}
     assert wrong["PQ_stuff"] == 1 and max(wrong["AP"], wrong["PQ_things"]) < 0.1, wrong
     assert wrong["mIoU"] < 0.6, wrong
@@ -1697,9 +1683,8 @@ def test_one_cycle_is_torchs():
                                                        div_factor=25, final_div_factor=100)
         for step in range(total):
             assert abs(training.one_cycle(step, total) - schedule.get_last_lr()[0]) < 1e-9
-            if step + 1 < total:
-                optimizer.step()
-                schedule.step()
+            optimizer.step()
+            schedule.step()
 
 
 def test_depth_loop_does_what_it_says():
