@@ -2374,9 +2374,7 @@ def centroid(crop):
 
 
 def test_pose_crops():
-    """The view has the crop's aspect, holds the box and is 1.25 times as large; its sides are the
-    centres of the crop's outer pixels. Black outside the photo; a fine pattern that a small crop
-    cannot show becomes grey."""
+    """A view holds its box, 1.25 times, between the centres of outer pixels; beyond is black."""
     for box, view in (([10, 20, 40, 100], [[-12.5, 10], [62.5, 110]]),      # 60 x 80, times 1.25
                       ([0, 0, 90, 30], [[-11.25, -60], [101.25, 90]])):
         matrix = pose.affine(*pose.fit_box(box, 256, 192), 256, 192)
@@ -2396,8 +2394,7 @@ def test_pose_crops():
 
 
 def test_pose_warp_lands_where_the_joints_say():
-    """Crop -> photo -> crop is exact; a dot in the photo appears where its joint is mapped to,
-    turned, enlarged and shrunk; so does its mirror image, under the other side's name."""
+    """A dot appears where its joint is mapped to: turned, scaled, and in a mirror."""
     generator, at = np.random.default_rng(0), np.array([130.3, 100.8])
     for extent, degrees in ((60, 0), (60, 30), (20, -80), (150, 45), (500, 10), (900, -25)):
         centre, size = pose.fit(at + generator.uniform(-3, 3, 2), (extent, 1.2 * extent), 96, 72)
@@ -2417,7 +2414,6 @@ def test_pose_augmentation_follows_vitpose():
     """The shares and the spread of the random views, and views of half a body."""
     box, keypoints = np.array([100.0, 50, 190, 170]), np.full((17, 3), 2.0)
     keypoints[:, :2] = np.linspace((110, 60), (180, 160), 17)
-
     def views(count=1500, **how):
         for i in range(count):
             with data.seeded(7, i):
@@ -2440,8 +2436,7 @@ def test_pose_augmentation_follows_vitpose():
 
 
 def test_pose_targets():
-    """Height 1 at the joint, between pixels too; sigma in heatmap px; no weight without a label or
-    outside the map."""
+    """Height 1 at a joint, between pixels too; no weight without a label or outside the map."""
     joints = torch.tensor([[[31.5, 21.0], [63.0, 0], [-4.0, 9.0], [63.0, 80.0], [10.0, 10.0]]])
     labelled = torch.tensor([[True, True, True, True, False]])
     maps, weight = pose.heatmap_targets(joints, labelled, (64, 64), (16, 16), sigma=2.0)
@@ -2452,8 +2447,7 @@ def test_pose_targets():
 
 
 def test_pose_decoding():
-    """Sub-pixel places of Gaussians come back, near the border within 1.5 px of the map; maps
-    without a peak give something finite inside the map."""
+    """Places between pixels come back; maps without a peak give something inside the map."""
     generator = torch.Generator().manual_seed(0)
     crop, size, at = (256, 192), (64, 48), torch.rand(8, 17, 2, generator=generator)
     joints = at * torch.tensor([191.0, 255.0])
@@ -2481,8 +2475,7 @@ def test_pose_decoding():
 
 
 def test_heatmap_loss_by_hand():
-    """Smooth L1 and its gradient by their definition, weighted mean over all joints; zero, and
-    still in the graph, when nobody has a joint."""
+    """Smooth L1 and its gradient by definition; zero, in the graph, if nobody has a joint."""
     generator = torch.Generator().manual_seed(0)
     a, b = (2 * torch.randn(2, 3, 4, 5, generator=generator) for _ in "ab")
     weight, e = torch.tensor([[1.0, 0, 1], [0, 1, 1]]), a - b
@@ -2517,8 +2510,7 @@ def test_every_parameter_learns_in_pose():
 
 
 def test_pose_heatmaps_are_equation_8():
-    """Dot products (over D: the mean) of the embedded queries with the 1/4 map, raw, the e_i added
-    to [CLS]; a smaller crop in a padded batch answers as it does alone."""
+    """The embedded queries times the 1/4 map, over D; a smaller crop of a batch as alone."""
     net, images = noisy(pose_net()).eval(), torch.randn(2, 3, 64, 48)
     images[1, :, 48:], images[1, :, :, 32:] = 0, 0
     with torch.no_grad():
@@ -2553,12 +2545,10 @@ def test_pose_flip_test():
 
 
 def test_pose_rescoring_and_doubles():
-    """By hand: box score x mean of the sure joints; of two persons at one place the better stays,
-    judged at the mean of their areas."""
+    """Box score x mean of the sure joints; of two at one place, by mean area, one stays."""
     joint = np.array([[0.9, 0.5, 0.2, 0.1], [0.1, 0.1, 0.0, 0.2]])
     assert np.allclose(pose.rescore(np.array([0.5, 1.0]), joint), [0.35, 0])
     base, areas = np.random.default_rng(0).uniform(0, 100, (17, 2)), np.array([1e4, 3e4, 1e4, 1e4])
-
     def moved(similarity, area):        # so far that exp(-d^2 / (2 area (2 sigma)^2)) is that
         d = np.sqrt(-2 * area * np.log(similarity)) * 2 * metrics.OKS_SIGMAS
         return np.column_stack([d, 0 * d])
@@ -2569,8 +2559,7 @@ def test_pose_rescoring_and_doubles():
 
 
 def test_pose_samples():
-    """Pure functions of (seed, epoch, index); crowds and persons without joints teach nothing, but
-    are in the truth; each labelled joint of a crop lies on the pixels it lay on in the photo."""
+    """Functions of (seed, epoch, index); joints stay on their pixels; crowds teach nothing."""
     class Source(list):
         ids, joints, labels = [41, 42], toyworld.KEYPOINTS, list.__getitem__
     keypoints = torch.zeros(4, 17, 3)
@@ -2600,8 +2589,7 @@ def test_pose_samples():
 
 
 def test_pose_detector_boxes():
-    """A detector's file: xywh -> xyxy, other categories and photos left out; what is wrong with it
-    is said in one line."""
+    """A detector's file gives the crops; what is wrong with it is said in one line."""
     good = {"image_id": 0, "category_id": 0, "bbox": [1, 2, 30, 40], "score": 0.5}
     bad = [7, {"image_id": 0}] + [good | change for change in (
         {"bbox": [1, 2, 3]}, {"bbox": [1, 2, -3, 4]}, {"bbox": [1, 2, 3, -4]}, {"score": math.nan},
@@ -2626,8 +2614,7 @@ def test_pose_detector_boxes():
 
 
 def test_pose_recipe():
-    """The paper's and ViTPose's recipe is the default; warm-up from a thousandth, then x0.1 at 170
-    / 210 and 200 / 210 of the run."""
+    """The paper's and ViTPose's recipe is the default; the rate drops at 170 and 200 of 210."""
     args = training.parse(finetune_pose.flags(), finetune_pose.PRESETS, ["--data", "x"])
     assert (args.epochs, args.size, args.lr, args.batch_size) == (210, [256, 192], 5e-4, 64)
     assert (args.sigma, args.zoom, args.rotation, args.clip) == (2, 0.5, 40, 1)
@@ -2640,9 +2627,8 @@ def test_pose_recipe():
 
 
 def test_perfect_heatmaps_score_1():
-    """The true heatmaps of ToyWorld through decoding, photo px, rescoring, doubles and COCO's
-    metric: AP 1; the training crops hold the same joints. Of joints that were moved, the merged
-    metric of two processes is that of one, doubles decided inside a photo."""
+    """True heatmaps through decoding, photo px, rescoring, doubles and COCO's metric give AP 1; of
+    joints that were moved, the merged metric of two processes is that of one."""
     counts = [3, 0, 5, 1, 1, 9, 0, 0, 2]
     args = args_for(finetune_pose, "--workers", 0, "--batch-size", 4)
     for rank, share in enumerate(([0, 2, 4, 6, 8], [1, 3, 5, 7])):          # every photo once
@@ -2662,12 +2648,10 @@ def test_perfect_heatmaps_score_1():
             sample = train[(0, train.people.index((i, k)))]     # not augmented: the same crop
             assert torch.equal(sample["image"], crop)
             assert torch.allclose(sample["joints"], joints[k].float())
-
     class Part(training.Run):
         def merged(self, metric):
             parts.append(metric)
             return metric
-
     def exact(moved, model, crops, args, state, flip):
         found = [known[c.numpy().tobytes()] for c in crops]
         return (np.array([a.numpy() + moved * offset for a, _, offset in found]).reshape(-1, 17, 2),
@@ -2725,15 +2709,16 @@ def held(number, **more):
 
 
 def coco(at, objects, file="instances", names=2, photos="images/{}", size=(6, 8), kinds=KINDS,
-         change=None):
+         ids=None, change=None):
     """A JSON and its photos, of which number i has the value 8 i. objects: what is other than in
-    the usual one; names: of the photos, or how many; photos: their places."""
+    the usual one; names: of the photos, or how many; photos: their places; ids: if not numbers."""
     names = [f"{i}.png" for i in range(names)] if isinstance(names, int) else names
     usual = dict(image_id=0, category_id=30, bbox=[1, 1, 4, 3], area=12, iscrowd=0,
                  segmentation=[[1, 1, 5, 1, 5, 4, 1, 4]])
     content = dict(annotations=[usual | dict(id=i + 1) | o for i, o in enumerate(objects)],
                    images=[dict(id=i, file_name=n, height=size[0], width=size[1])
-                           for i, n in enumerate(names)], categories=list(map(dict, kinds)))
+                           for i, n in zip(ids or range(len(names)), names)],
+                   categories=list(map(dict, kinds)))
     if change:
         change(content)
     places = photos if isinstance(photos, list) else map(photos.format, names)
@@ -2781,8 +2766,8 @@ def told(script, at, *flags):
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            training.run(script.main, args_for(script, "--data", at, "--out", at / "out", "--check",
-                                               *flags))
+            flags = "--data", at, "--out", at / "out", "--check", *flags
+            training.run(script.main, args_for(script, *flags))
         except SystemExit as end:
             assert end.code in (None, 0) or end.code == 2 and said.getvalue().count("error: ") == 1
     assert not (at / "out").exists() and "Traceback" not in said.getvalue(), said.getvalue()
@@ -2819,8 +2804,8 @@ def test_coco_layout_gives_toyworld_back():
 
 
 def test_pairs_give_toyworld_back():
-    """The same from the layouts of ADE20K, with names and without, and NYU, at two scales. Larger
-    shares of a folder contain smaller ones, and are no prefix: files are sorted by scene."""
+    """The same from the layouts of ADE20K and NYU. Larger shares of a folder contain smaller ones,
+    and are no prefix: files are sorted by scene."""
     with folder() as at:
         exported(at, "ade20k")
         for names in (None, toyworld.CLASSES):
@@ -2875,68 +2860,63 @@ def test_masks_are_drawn_as_the_official_tool_does():
 
 
 def test_broken_coco_files_are_named():
-    """Each of these JSON files ends in one line with its name, whether opened or read; so does what
-    would overflow, or fill the memory before it fails."""
+    """Each of these files ends in one line with its name, before it fills the memory."""
     nan, four, note, kind = math.nan, "list of 4 numbers", ("annotations", 0), ("categories", 0)
     runs = lambda counts, *size: dict(counts=counts, size=size or (6, 8))
     segments = lambda *ids: [dict(id=i, category_id=7) for i in ids]
-    cases = {           # place in the JSON -> key -> values (None: no such key) and the words
+    cases = {           # place in the JSON -> key -> values (no such key is None) and the words
         "instances masks": {
             note: dict(
                 bbox=[([1, nan, 2, 2], "nan"), (["one", 1, 2, 2], four), ([1, 1, 2], four),
-                      ({}, four), ([1, 1, 2, math.inf], "finite"), ([1, 1, -2, 2], "negative"),
-                      ([1, 1, 2, -2], "negative"), ([-1e30, 0, 2, 5], "annotation 1"),
-                      (None, "no 'bbox'")],
-                image_id=[(None, "no 'image_id'"), (99, "image 99")], iscrowd=[(2, "iscrowd")],
-                category_id=[(None, "no 'category_id'"), (8, "category 8"),
-                             ("x30", "'x30' is no whole number")],
+                      ([1, 1, 2, math.inf], "finite"), ([1, 1, -2, 2], "negative"), ({}, four),
+                      ([1, 1, 2, -2], "negative"), ([-1e30, 0, 2, 5], "annotation 1"), None],
+                image_id=[(99, "image 99"), None], iscrowd=[(2, "iscrowd")],
+                category_id=[(8, "category 8"), ("x30", "'x30' is no whole number"), None],
                 area=[(-1, "area"), ("big", "numbers")], segments_info=[([], "segment")],
                 segmentation=[
-                    (None, "no 'segmentation'"), ([], "only a box"), ([[1, 1, 3, 3]], "three"),
+                    None, ([], "only a box"), ([[1, 1, 3, 3]], "three points"),
                     ([[1, 1, 3, 3, 2, 2, 1]], "three points"), ([[1, 1, "b", 3, 2, 2]], "list of"),
                     ([[1, 1, 3, 3, 2, nan]], "finite"), ([[1, 1, 1e9, 1, 5, 4]], "annotation 1"),
                     (runs([3, 4]), "fill"), (runs([3, -4, 49]), "fill"), (runs("04020"), "fill"),
                     (runs([3.5, 44.5]), "fill"), (runs([2 ** 62] * 4 + [48]), "fill"),
                     (runs("\x01\x02"), "compressed"), (runs([3, 45], 8, 6), "size")]),
-            ("images", 1): dict(
-                id=[(0, "images have this id")], width=[(0, "height and width")],
-                height=[(None, "no 'height'")],
-                file_name=[(None, "no 'file_name'"), ("gone.png", "gone.png: no such file")]),
-            ("images", 0): dict(height=[(10 ** 6, "0.png: the photo has 6 x 8")]),
+            ("images", 0): dict(height=[(10 ** 6, "0.png: the photo has 6 x 8"), None]),
+            ("images", 1): dict(id=[(0, "images have this id")], width=[(0, "height and width")],
+                                file_name=[("gone.png", "gone.png: no such file"), None]),
             kind: dict(id=[(30, "categories have the same id"), ("seven", "whole number")],
-                       name=[(None, "no 'name'")]),
-            (): dict(categories=[([], "no category")], images=[(None, "images")],
+                       name=[None]),
+            (): dict(categories=[([], "no category")], images=[("", '"images"')],
                      annotations=[({"1": 2}, "annotations"), ([1, 2], "annotations")])},
         "person_keypoints keypoints": {
             note: dict(keypoints=[([1, 2, 2], "51 numbers"), ([1, 2, 3] * 17, "flag"),
                                   ([1e300, 2, 2] * 17, "annotation 1")]),
             ("categories", 1): dict(name=[("dog", "joints")],
                                     keypoints=[(["i", "I"], "same name")]),
-            kind: dict(id=[(None, "has no 'id'")])},
+            kind: dict(id=[None])},
         "panoptic panoptic": {
             (*note, "segments_info", 0): dict(
                 id=[(6, "is drawn"), (0, "segment id 0"), ("five", "segment id"), (5, "same id")],
                 category_id=[(8, "category 8")], iscrowd=[("no", "iscrowd")]),
-            note: dict(
-                segments_info=[(segments(5, 65792, 9), "9 is not drawn"), (None, "segments_info"),
-                               (segments(5), "65792 is drawn")],
-                image_id=[(1, "has two"), (9, "not listed")],
-                file_name=[(None, "no 'file_name'"), ("gone.png", "gone.png is not there")]),
+            note: dict(segments_info=[(segments(5, 65792, 9), "9 is not drawn"), None,
+                                      (segments(5), "65792 is drawn")],
+                       image_id=[(1, "has two"), (9, "not listed")],
+                       file_name=[("gone.png", "gone.png is not there"), None]),
             (): dict(annotations=[([], "no annotation")]),
-            kind: dict(isthing=[(None, "no 'isthing'"), ("yes", "isthing")])}}
-
+            kind: dict(isthing=[("yes", "isthing"), None])}}
     def change(place, key, value, content):
         content = functools.reduce(lambda found, step: found[step], place, content)
         content[key] = value
         if value is None:
             del content[key]
     for how, table in cases.items():
-        rows = [(place, key, *row) for place, keys in table.items() for key in keys
+        rows = [(place, key, row) for place, keys in table.items() for key in keys
                 for row in keys[key]]
-        for *what, words in rows:
+        kind, keys = how.split()
+        for place, key, row in rows:
+            value, words = row or (None, f"no {key}" if key == "segments_info" else f"no '{key}'")
             with folder() as at:
-                little_coco(at, functools.partial(change, *what), how.split()[0])
-                refused(at, how.split()[1], words, "train2017")
+                little_coco(at, functools.partial(change, place, key, value), kind)
+                refused(at, keys, words, "train2017")
     with folder() as at:
         little_coco(at)
         for text in ("", "{", "[]", "3", "\0\xff", "[" * 100_000):
@@ -2963,8 +2943,7 @@ def png(height, width, bits, colour, rows=b""):
 
 
 def test_label_maps_of_few_bits():
-    """Grey PNGs of 1, 2 and 4 bits hold the classes they say; *.PNG and linked folders are found;
-    more than 255 classes are refused."""
+    """Grey PNGs of 1, 2, 4 and 8 bits, named *.PNG, in a linked folder, hold what they say."""
     with folder() as at:
         for bits in (1, 2, 4, 8):
             truth, name = np.arange(12).reshape(3, 4) % 2 ** bits, f"elsewhere/{bits}.PNG"
@@ -2981,8 +2960,7 @@ def test_label_maps_of_few_bits():
 
 
 def test_orientations():
-    """Every EXIF orientation, in every kind of file that has one, against PIL's own; numbers and
-    types that mean nothing turn nothing."""
+    """Every EXIF orientation in every kind of file, against PIL's own; odd tags turn nothing."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8)
     odd = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x07\0\0\0\x01\x06\0\0\0\0\0\0\0"
     with folder() as at:
@@ -2999,8 +2977,7 @@ def test_orientations():
 
 
 def test_orientations_that_cannot_be_seen():
-    """Photos upside down have the size of their labels either way: those that lie on the side tell,
-    for both parts, whether the tool that made the labels turned them."""
+    """Photos on the side tell of those upside down whether labels were turned."""
     pixels = PHOTO.copy()
     pixels[:2, :3] = 255                                    # the bright corner is labelled
     for turned in (True, False):
@@ -3072,26 +3049,24 @@ def test_odd_coco_files_are_read_right():
         assert train[0, 0]["masks"].flatten(1).any(1).tolist() == [True] and train.things == 2
         assert train.classes == ("bench", "person")
     square, odd = [[1, 1], [5, 1], [5, 4], [1, 4]], ["1_11", "11_1", "1e2", "1.3"]
-    for change in (lambda i: dict(id=0), lambda i: dict(area=None, iscrowd=None),
-                   lambda i: dict(image_id=str(i), category_id="30", bbox=["1", 1.0, "4", 3]),
-                   lambda i: dict(image_id=float(i), iscrowd=0.0),
-                   lambda i: dict(segmentation=square), lambda i: dict(image_id=odd[i]),
-                   lambda i: dict(segmentation=sum(square, [])),
-                   lambda i: dict(segmentation=[[], sum(square, [])])):
+    for ids, images, change in (
+            (range(4), range(4), dict(id=0)), (range(4), range(4), dict(area=None, iscrowd=None)),
+            (range(4), "0123", dict(category_id="30", bbox=["1", 1.0, "4", 3])), (odd, odd, {}),
+            (range(4), [0.0, 1.0, 2.0, 3.0], dict(iscrowd=0.0)), ("0123", range(4), {}),
+            (range(4), range(4), dict(segmentation=sum(square, []))),
+            (range(4), range(4), dict(segmentation=square)),
+            (range(4), range(4), dict(segmentation=[[], sum(square, [])]))):
         with folder() as at:
-            coco(at, [dict(image_id=i) | change(i) for i in range(4)], names=4,
-                 change=lambda c, change=change: [image.update(id=change(i).get("image_id", i))
-                                                  for i, image in enumerate(c["images"])])
-            parts = opened(at, "masks")
-            assert len(parts[0]) == 3 and (type(parts[0].ids[0]) is int or parts[0].ids == odd[1:])
-            for sample in (*parts[0], *parts[1]):
+            coco(at, [dict(image_id=i) | change for i in images], names=4, ids=ids)
+            train, val = opened(at, "masks")
+            assert val.ids + train.ids == (odd if ids is odd else [0, 1, 2, 3])
+            for sample in (*train, *val):
                 assert sample["boxes"].tolist() == [[1, 1, 5, 4]] and sample["area"] == 12
                 assert masks_in(sample).sum() == 12
 
 
 def test_no_photo_stands_in_for_another():
-    """A name is found wherever it lies, as tools and systems write it, but never another photo of
-    the same name."""
+    """Names as tools write them are found, but never another photo of that name."""
     both, raw = ["0.png", "1.png"], [f"raw/{s}/{i}.png" for s in "ab" for i in (0, 1)]
     images, three = ["images/0.png", "images/1.png"], both + ["2.png"]
     local = "/data/local-files/?d="
@@ -3119,26 +3094,23 @@ def test_no_photo_stands_in_for_another():
 
 
 def test_parts_of_coco_files():
-    """The words of a file's name or folder say its part, a file of no part is all, every 20th photo
-    with an object validates; what a Mac or another tool leaves behind is passed over."""
+    """Names and folders say the part; else every 20th photo with an object validates."""
     held_out, two = ([1, 2], [0]), ([0, 1, 2], [0, 1, 2])
     one_each = [dict(image_id=i) for i in range(3)]
-    note = "annotations/instances_"
     for where, objects, *found in (
-            (["annotations/annotations_validated"], one_each, *held_out),
-            (["result"], one_each, *held_out), ([note + "trainval"], one_each, *held_out),
-            ([note + "minitrain", note + "testdev"], one_each, *two),
-            ([f"{p}/_annotations.coco" for p in ("train", "valid", "test")], one_each, *two),
-            ([note + "train2014", note + "train2017"], one_each, "n2014.json", "n2017.json"),
-            ([note + "val"], one_each, "without a training part"),
-            (["result"], one_each[1:], [0, 2], [1]), (["result"], one_each[1:2], "only one photo"),
-            (["result"], [*one_each[:1], dict(image_id=1, iscrowd=1)], "only one photo"),
-            (["result"], [], "no object", "training")):
+            (["annotations_validated"], one_each, *held_out), (["../result"], one_each, *held_out),
+            (["instances_trainval"], one_each, *held_out),
+            (["instances_minitrain", "instances_testdev"], one_each, *two),
+            ([f"../{p}/_annotations.coco" for p in ("train", "valid", "test")], one_each, *two),
+            (["train2014", "train2017"], one_each, "train2014.json", "train2017.json"),
+            (["instances_val"], one_each, "without a training part"),
+            (["a"], one_each[1:], [0, 2], [1]), (["a"], one_each[1:2], "only one photo"),
+            (["a"], [*one_each[:1], dict(image_id=1, iscrowd=1)], "only one photo"),
+            (["a"], [], "no object", "training")):
         with folder() as at:
-            coco(at, objects, names=3)
-            content = (at / "annotations/instances.json").read_text()
-            (at / "annotations/instances.json").unlink()
-            fill(at, {"annotations/._x_train.json": "\0"} | {f"{w}.json": content for w in where})
+            fill(at, {"annotations/._x_train.json": "\0"})      # of a Mac
+            for name in where:
+                coco(at, objects, name, names=3)
             if type(found[0]) is str:
                 refused(at, "boxes", *found)
             else:
@@ -3155,8 +3127,7 @@ def test_parts_of_coco_files():
 
 
 def test_label_values():
-    """Which values of a label map are classes: all that occur in either part, those of the names,
-    0 and 255 alone; which are none; and what is refused because it surely is not meant."""
+    """Which values are classes: those of both parts, of the names, 0 and 255 alone; which none."""
     one, other, void = [[0, 255], [255, 0]], [[255, 255], [255, 0]], [[255, 255], [255, 255]]
     many, mixed = [[[0, 0], [0, 0]]] * 30 + [one], [[0, 3], [255, 1]]
     for train, val, names, how, *found in (
@@ -3189,8 +3160,7 @@ def test_label_values():
 
 
 def test_what_is_told_of_label_maps():
-    """The shares of the classes in all kinds of folders; what is refused because it surely is not
-    meant: one class alone, masks resized with interpolation or saved as JPEG, two ways to save."""
+    """The shares of the classes; and what is refused because it surely is not meant."""
     y, x = np.mgrid[:384, :512]
     disc = Image.fromarray(255 * np.uint8((y - 192) ** 2 + (x - 256) ** 2 < 14400))
     smooth, little = disc.resize((64, 48), Image.BICUBIC), Image.new("L", (640, 480))
@@ -3251,8 +3221,7 @@ def test_mask_folders():
 
 
 def test_ade20k():
-    """0 is unlabelled, names stand in objectInfo150.txt. Things from annotations_instance over the
-    stuff of annotations; things without an instance are void."""
+    """0 is unlabelled; instances lie over stuff; things without an instance are void."""
     label, colours = np.zeros((6, 8), np.uint8), PHOTO.copy()
     label[0], label[1:3], label[4:] = 1, 4, 3                               # wall, lamp, floor
     colours[1, :4], colours[1, 4:], colours[4] = (1, 1, 0), (1, 2, 0), (2, 1, 0)
@@ -3283,8 +3252,7 @@ def test_ade20k():
 
 
 def test_depth_pairs():
-    """Pairs and lists, and what is wrong with them; beyond --max-depth nothing is learned, as it is
-    graded nothing; the largest value of 16 bits is no depth."""
+    """Pairs and lists, and what is wrong with them; beyond --max-depth nothing is learned."""
     deep, place = np.full((6, 8), 5120, np.uint16), "val/depth/a.png"
     with folder() as at:
         fill(at, {f"{s}/{w}/a.png": x for s in ("train", "val")
@@ -3314,8 +3282,7 @@ def test_depth_pairs():
 
 
 def test_skipping_what_is_broken():
-    """--on-error skip: photos of broken entries are left out, broken photos are replaced in
-    training and left out of validation; each is told once, and counted."""
+    """--on-error skip replaces or leaves out what is broken, tells each once, counts it."""
     args = argparse.Namespace(on_error="skip", batch_size=1, workers=1, seed=0, accumulate=1)
     objects = [dict(image_id=i) for i in (0, 1, 2)] + [dict(image_id="3.0", bbox=[])]
     with folder() as at:
@@ -3343,7 +3310,6 @@ def test_skipping_what_is_broken():
         with raises(InputError, "no training photo"), quiet():
             forgiving[0, 0]
         assert forgiving.broken.all()
-
     class Turns(list):                                      # one of three tasks, as Segmentation
         def __getitem__(self, at):
             if at[1] in (1, 4):
@@ -3358,8 +3324,7 @@ ANIMAL = ["earL", "earR", "nose", "LF_paw", "RF_paw"]
 
 
 def test_sides_in_names():
-    """What the names of joints tell of left and right, or --flip-pairs; and how exactly they can be
-    clicked."""
+    """What names of joints tell of left and right, or --flip-pairs, and of their sigmas."""
     for names in ("LEye,REye,lHip,rHip,Lip", "L_ear,r_ear,left paw,Right paw,tail,bright_spot",
                   "leftHip,rightHip,L_eye,R_eye,LEye2,REye2,paw_front_left,paw_front_right,"
                   "lshoulder,rshoulder,lip,rip,LH,RH,elbow_L,elbow_R,FL_toe,FR_toe,hand_lt,hand_rt,"
@@ -3381,8 +3346,7 @@ def test_sides_in_names():
 
 
 def test_own_joints():
-    """Any categories whose joints the file names, all of one kind: objects without joints or a box;
-    what a mirror does; checkpoints; what does not fit together is refused."""
+    """Any joints: which objects have them, what a mirror does, checkpoints, what is refused."""
     five = [1, 1, 2, 7, 1, 2, 3, 3, 2, 2, 5, 2, 6, 5, 2]
     kinds = [dict(id=4, name="dog", keypoints=ANIMAL), dict(id=9, name="fox", keypoints=ANIMAL)]
     objects = [dict(image_id=i, category_id=(4, 9)[i % 2], keypoints=five) for i in range(4)]
