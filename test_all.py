@@ -2982,7 +2982,7 @@ def test_orientations_that_cannot_be_seen():
     pixels[:2, :3] = 255                                    # the bright corner is labelled
     for turned in (True, False):
         with folder() as at:
-            for n, number in (("train/0", 6), ("train/1", 3), ("train/2", 1), ("val/0", 3),
+            for n, number in (("train/0", 3), ("train/1", 3), ("train/2", 1), ("val/0", 6),
                               ("val/1", 3)):
                 fill(at, {f"images/{n}.png": (pixels, held(number))})
                 with Image.open(at / f"images/{n}.png") as photo:
@@ -3395,7 +3395,7 @@ def test_own_joints():
              kinds=[dict(id=30, name="fox", keypoints=["1", "2", "3"])])
         for flags, *words in (([], "error", "--flip-pairs", "--no-flip"),
                               (["--no-flip"], "3 joints"),
-                              (["--flip-pairs", "1-2"], "3 joints", "1 - 2")):
+                              (["--flip-pairs", "1-2"], "3 joints", " 1 pairs", ": 1 - 2\n")):
             said = told(finetune_pose, at, *flags)
             assert all(w in said for w in words), said
 
