@@ -3411,7 +3411,7 @@ def test_what_is_told_before_training():
             (every, {}, "7 training and 1 validation", "7 objects in 7 of 7", "person 100.0%"),
             (every[:2] + crowds, {}, "out: 7 crowds (iscrowd 1)\n", "88%"),
             (crowds, {}, "error", "iscrowd 1", "set it to 0"),
-            (every + [dict(image_id=5, bbox=b) for b in ([80, 80, 9, 9], [1, 1, 0, 3])], {},
+            (every + [dict(image_id=5, bbox=b) for b in ([9, 1, 4, 3], [1, 1, 0, 3])], {},
              "1 without area, 1 outside their photo", "1 of 10 boxes reach beyond"),
             (every + [dict(image_id=5)] * 30, {}, "31 objects", "--queries 12"),
             (every, dict(names=[f"{i % 4}.png" for i in range(8)]),
