@@ -148,7 +148,8 @@ def read_images(root, path, content, split, on_error):
             require(all(type(s) is int and s > 0 for s in size), f"{size} is no height and width")
             require(i not in images, "two images have this id")
             # LVIS gives a web address alone; Windows writes folders with \\
-            name = entry.get("file_name") or "/".join(entry["coco_url"].split("/")[-2:])
+            address = "/".join(str(entry.get("coco_url") or "").split("/")[-2:])
+            name = entry.get("file_name") or address or entry["file_name"]
             require(type(name) is str, f"its file_name {name} is no text")
             name = str(Path(name.replace("\\", "/")))
             images[i] = dict(photo=name, id=i, size=size)
