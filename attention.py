@@ -10,6 +10,7 @@ import torch
 from torchvision.transforms import v2
 
 import draw
+import pictures
 import pose
 from files import InputError
 from inference import at_original
@@ -89,9 +90,9 @@ def rows(model, small, photo, answer, asked, queries):
         maps = maps.repeat_interleave(1 << stage, 1).repeat_interleave(1 << stage, 2)
         maps = at_original(maps, layout.sizes[0].tolist(), config.patch, small.shape[1:])
         for row, one in zip(panels, maps.cpu()):
-            row.append(draw.heat(small, one.clamp(min=0), draw.SAMPLE))
+            row.append(pictures.heat(small, one.clamp(min=0), draw.SAMPLE))
     scales = [f"1/{config.patch << stage}" for stage in (3, 2, 1)]
-    return draw.below([draw.titled([said.show(q), *row], [said.name(q), *scales])
+    return draw.below([pictures.titled([said.show(q), *row], [said.name(q), *scales])
                        for q, row in zip(chosen, panels)])
 
 
@@ -131,13 +132,13 @@ def said_by(model, raw, layout, small):
         middle, share = raw
         return SimpleNamespace(                 # the surest are those that cover most of the photo
             sure=share.mean((1, 2)), name=lambda q: f"query {q}: {middle[q]:.2f} m",
-            show=lambda q: draw.heat(small, enlarged(share[q]).clamp(min=0), room))
+            show=lambda q: pictures.heat(small, enlarged(share[q]).clamp(min=0), room))
     if model.task == "pose":
         maps = raw[0].float().cpu()                                         # [J, h, w]
         best = maps.flatten(1).amax(1)
         return SimpleNamespace(
             sure=best, name=lambda q: f"query {q}: {model.joints[q]} {best[q]:.2f}",
-            show=lambda q: draw.heat(small, enlarged(raw[0, q]).clamp(min=0), room))
+            show=lambda q: pictures.heat(small, enlarged(raw[0, q]).clamp(min=0), room))
     classes, masks = next(iter(raw.values()))
     best, label = classes[-1, 0].float().softmax(-1)[:, :-1].cpu().max(-1)
     return SimpleNamespace(

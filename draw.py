@@ -91,18 +91,6 @@ def below(images):
     return column
 
 
-def titled(images, titles):
-    """PIL images in a row, each under its title."""
-    size = letters(max(max(i.size) for i in images))
-    columns = []
-    for image, title in zip(images, titles):
-        strip = Image.new("RGB", (image.width, 2 * size), "white")
-        text, font = fitted(title, size, image.width)
-        ImageDraw.Draw(strip).text((image.width // 2, size), text, "black", font, anchor="mm")
-        columns.append(below([strip, image]))
-    return beside(columns, gap=size // 2)
-
-
 # -----------------------------------------------------------------------------
 # Labels
 
@@ -136,6 +124,8 @@ class Labels:
 
         spots: function (width, height of the label) -> list of its left top corners, best first.
         """
+        if not text:
+            return
         pad = self.size // 4
         text, face = fitted(text, self.size, self.width - 2 * pad)
         w, h = round(face.getlength(text)) + 2 * pad, face.size + 2 * pad
@@ -190,21 +180,22 @@ def regions(photo, numbers, colours, texts, room=ROOM, strength=0.5):
     Each is blended with the photo inside a solid contour; its text stands where it is widest.
     """
     image, zoom = canvas(photo, room)
-    width, numbers = stroke(image), np.asarray(numbers)
+    width, numbers = stroke(image), np.asarray(numbers, np.int32)
     if not numbers.any():
         return image
     table = np.vstack([[0, 0, 0], np.reshape(colours, (-1, 3))]).astype(np.uint8)
-    high, low = ndimage.maximum_filter(numbers, 3), ndimage.minimum_filter(numbers, 3)
-    edge = high != low                                      # on both sides of every border
-    for _ in range(width // (2 * zoom) - 1):
-        edge = ndimage.binary_dilation(edge)
-    weight = np.where(edge, 230, round(255 * strength)) * (numbers > 0)
-    enlarge = lambda a: Image.fromarray(a).resize(image.size, Image.NEAREST)
-    image.paste(enlarge(table[numbers]), mask=enlarge(weight.astype(np.uint8)))
-    names = Labels(image)
+    names, large = Labels(image), numbers.repeat(zoom, 0).repeat(zoom, 1)
+    weight = np.where(large > 0, np.uint8(255 * strength), np.uint8(0))
+    half = max(1, width // 2)                               # on both sides of every border
+    for axis in (0, 1):
+        a, b, w, v = (np.moveaxis(x, axis, 0)[y] for x in (large, weight)
+                      for y in (slice(half, None), slice(None, -half)))
+        border = a != b
+        w[border & (a > 0)] = v[border & (b > 0)] = 240
+    image.paste(Image.fromarray(table[large]), mask=Image.fromarray(weight))
     for k in np.argsort(-np.bincount(numbers.ravel(), minlength=len(texts) + 1)[1:],
                         kind="stable").tolist():
-        if texts[k] and (place := widest(numbers, k + 1)):
+        if place := widest(numbers, k + 1):
             x, y = (zoom * v for v in place)
             names.put(texts[k], colours[k], lambda w, h, x=x, y=y: [
                 (x - w / 2, y - h / 2), (x - w / 2, y), (x - w / 2, y - h), (x, y), (x - w, y)])
@@ -255,10 +246,11 @@ def panoptic(photo, ids, classes, names, things, room=ROOM):
                    [names[classes[i]] for i in listed], room)
 
 
-def depth_range(depth):
-    """Least and greatest valid depth (> 0) in metres; 0, 0 if there is none."""
-    valid = depth[depth > 0]
-    return (valid.min().item(), valid.max().item()) if valid.numel() else (0.0, 0.0)
+def depth_range(depth, share=0.0):
+    """Least and greatest valid depth (> 0) in metres, without `share` of the pixels at either end;
+    0, 0 if there is none."""
+    valid = np.asarray(depth)[np.asarray(depth) > 0]
+    return tuple(np.quantile(valid, (share, 1 - share)).tolist()) if valid.size else (0.0, 0.0)
 
 
 def depth_map(depth, low, high):
@@ -276,35 +268,6 @@ def scale():
     at = np.linspace(0, len(VIRIDIS) - 1, 256)
     return np.stack([np.interp(at, np.arange(len(VIRIDIS)), c) for c in VIRIDIS.T], 1).round() \
         .astype(np.uint8)
-
-
-def ruler(width, size, low, high):
-    """The colours of depth_map from low to high metres with round numbers below: PIL image."""
-    strip = Image.new("RGB", (width, 3 * size), "white")
-    bar = scale()[np.linspace(0, 255, width - 2 * size).astype(int)]
-    strip.paste(Image.fromarray(bar[None].repeat(size, 0)), (size, size // 2))
-    step = 10.0 ** np.floor(np.log10(max(high - low, 1e-6)))
-    wide = font(size).getlength(f"{high:.4g} m") * 1.6 / (width - 2 * size)
-    step = next(step * f for f in (0.1, 0.2, 0.5, 1, 2, 5, 10) if step * f > (high - low) * wide
-                or f == 10)
-    draw, right = ImageDraw.Draw(strip), 0
-    for value in np.arange(np.ceil(low / step - 1e-9), high / step + 1e-9) * step:
-        x = size + (value - low) / max(high - low, 1e-9) * (width - 2 * size)
-        text = f"{value:.4g} m"
-        long = font(size).getlength(text)
-        left = min(max(0, x - long / 2), width - long)
-        if left >= right:
-            draw.line((x, size, x, 1.7 * size), "black", max(1, size // 12))
-            draw.text((left, 1.75 * size), text, "black", font(size))
-            right = left + long
-    return strip
-
-
-def depth(depth, low, high, room=ROOM):
-    """Depth map [H, W] in metres in colours, and its scale below it."""
-    image = canvas(depth_map(depth, low, high), room)[0]
-    size = letters(max(image.size))
-    return below([image, ruler(max(image.width, 12 * size), size, low, high)])
 
 
 def skeletons(photo, keypoints, sure, texts, bones=SKELETON, room=ROOM):
@@ -329,21 +292,9 @@ def skeletons(photo, keypoints, sure, texts, bones=SKELETON, room=ROOM):
             draw.ellipse((x - r, y - r, x + r, y + r), colour if s >= 0.5 else "white",
                          "black", max(1, width // 3))
     for (points, score, colour), text in zip(persons, texts):
-        if text and (score > 0.2).any():
+        if (score > 0.2).any():
             x, y = points[score > 0.2][points[score > 0.2][:, 1].argmin()]
             names.put(text, colour, lambda w, h, x=x, y=y: [
                 (x - w / 2, y - h - 3 * width), (x + 3 * width, y - h / 2),
                 (x - w - 3 * width, y - h / 2)])
     return image
-
-
-def heat(photo, weights, room=ROOM):
-    """Weights float [H, W] >= 0 over the darkened photo, the largest in light yellow."""
-    image, zoom = canvas(photo, room)
-    weights = np.asarray(weights, np.float64)
-    at = (255 * weights / max(weights.max(), 1e-12)).round().astype(np.uint8)
-    colour = Image.fromarray(scale()[255 - at]).resize(image.size, Image.BILINEAR)
-    mask = Image.fromarray((90 + 0.55 * at).astype(np.uint8)).resize(image.size, Image.BILINEAR)
-    grey = image.convert("L").convert("RGB")
-    grey.paste(colour, mask=mask)
-    return grey

@@ -101,6 +101,28 @@ def read_image(path, upright=True):
         return to_tensor(turned(image, orientation(image)) if upright else image, path)
 
 
+def as_photo(photo):
+    """A path, PIL image, uint8 array [H, W, 3] or [H, W], or tensor [3, H, W] -> uint8 [3, H, W],
+    upright, the channels of a pixel side by side, as files.read_image has them."""
+    name = "photo"
+    if isinstance(photo, str | Path):
+        name, photo = photo, read_image(photo)
+    elif isinstance(photo, Image.Image):
+        photo = to_tensor(turned(photo, orientation(photo)), name)
+    elif isinstance(photo, np.ndarray):
+        photo = torch.from_numpy(np.ascontiguousarray(photo))
+        photo = photo.permute(2, 0, 1) if photo.ndim == 3 else photo.expand(3, -1, -1)
+    if not torch.is_tensor(photo) or photo.dtype != torch.uint8 or photo.ndim != 3 \
+            or len(photo) != 3:
+        raise InputError(f"{name}: not a photo; give a path, a PIL image, uint8 [H, W, 3] numpy or "
+                         "uint8 [3, H, W] torch")
+    if min(photo.shape[1:]) < 2:
+        raise InputError(f"{name}: {photo.shape[1]} x {photo.shape[2]} pixels show nothing; give a "
+                         "larger photo")
+    refuse_thin(photo, name)
+    return photo.cpu().permute(1, 2, 0).contiguous().permute(2, 0, 1)
+
+
 def read_view(path, choose, size):
     """The photo, upright and no larger than needed, and the view of it that choose(H, W) -> (top,
     left, height, width) asks for, in its pixels.

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -33,6 +32,7 @@ import finetune_depth
 import finetune_det
 import finetune_pose
 import finetune_seg
+import pictures
 import pose
 import pretrain
 import resultfiles
@@ -46,7 +46,7 @@ from data import (
     read_boxes,
     segmentation_transform,
 )
-from files import InputError, list_images, orientation, read_image, refuse_thin, to_tensor, turned
+from files import InputError, as_photo, list_images
 from model import Config, DepthEstimator, Detector, PoseEstimator, Pretrainer, Segmenter
 
 # the flag that only one script has -> what its checkpoints do, and the script
@@ -242,28 +242,6 @@ def network(model, config, weights):
                      {t: count(f"heads.{t}.classify.bias") - 1 for t in args.tasks})
 
 
-def as_photo(photo):
-    """A path, PIL image, uint8 array [H, W, 3] or [H, W], or tensor [3, H, W] -> uint8 [3, H, W],
-    upright, the channels of a pixel side by side, as files.read_image has them."""
-    name = "photo"
-    if isinstance(photo, str | Path):
-        name, photo = photo, read_image(photo)
-    elif isinstance(photo, Image.Image):
-        photo = to_tensor(turned(photo, orientation(photo)), name)
-    elif isinstance(photo, np.ndarray):
-        photo = torch.from_numpy(np.ascontiguousarray(photo))
-        photo = photo.permute(2, 0, 1) if photo.ndim == 3 else photo.expand(3, -1, -1)
-    if not torch.is_tensor(photo) or photo.dtype != torch.uint8 or photo.ndim != 3 \
-            or len(photo) != 3:
-        raise InputError(f"{name}: not a photo; give a path, a PIL image, uint8 [H, W, 3] numpy or "
-                         "uint8 [3, H, W] torch")
-    if min(photo.shape[1:]) < 2:
-        raise InputError(f"{name}: {photo.shape[1]} x {photo.shape[2]} pixels show nothing; give a "
-                         "larger photo")
-    refuse_thin(photo, name)
-    return photo.cpu().permute(1, 2, 0).contiguous().permute(2, 0, 1)
-
-
 def shrunk(photo, longest):
     """The photo with its longer side at most `longest` px."""
     height, width = photo.shape[1:]
@@ -274,38 +252,6 @@ def shrunk(photo, longest):
 
 # -----------------------------------------------------------------------------
 # The command line
-
-
-def show(model, photo, answer, threshold=THRESHOLD):
-    """An answer drawn: PIL image. Objects and persons below the threshold are left out."""
-    panels = {}
-    if model.task == "pretraining":
-        names = ["input", "seen", "reconstruction"] + ["borrowed"] * model.args.norm_pix
-        titles = ["input", "what the encoder saw", "reconstruction", "borrowed: mean, spread"]
-        return draw.titled([draw.canvas(answer[n], draw.SAMPLE)[0] for n in names], titles)
-    keep = (answer["scores"] >= threshold).nonzero()[:, 0].tolist() if "scores" in answer else []
-    scores = [f"{answer['scores'][k]:.2f}" for k in keep]
-    if model.task == "pose":
-        keypoints = answer["keypoints"][keep]
-        return draw.skeletons(photo, keypoints[..., :2], keypoints[..., 2], scores,
-                              pose.bones(model.joints))
-    if model.task == "depth":
-        low, high = draw.depth_range(answer["depth"])
-        return draw.titled([draw.canvas(photo)[0], draw.depth(answer["depth"], low, high)],
-                           ["photo", "depth"])
-    texts = [f"{answer['names'][k]} {score}" for k, score in zip(keep, scores)]
-    if model.task == "detection":
-        return draw.boxes(photo, answer["boxes"][keep], answer["labels"][keep], texts)
-    if "semantic" in answer:
-        panels["semantic"] = draw.semantic(photo, answer["semantic"], model.classes)
-    if "masks" in answer:
-        panels["instances"] = draw.instances(photo, [answer["masks"][k] for k in keep], texts)
-    if "panoptic" in answer:
-        panels["panoptic"] = draw.panoptic(photo, answer["panoptic"], dict(
-            answer["segments"].tolist()), model.classes, model.things)
-    if len(panels) == 1:
-        return next(iter(panels.values()))
-    return draw.titled(list(panels.values()), list(panels))
 
 
 def flags():
@@ -384,7 +330,7 @@ def main(args):
     results, broken, begun = {}, 0, deque()
 
     def write(photo, answer, index):
-        draw.save(show(model, photo, answer, args.threshold), out / f"{todo[index][1]}.png")
+        draw.save(pictures.show(model, photo, answer, args.threshold), out / f"{todo[index][1]}.png")
         return resultfiles.entries(model, answer, ids[index], todo[index][1], out) \
             if args.json else {}
 
