@@ -657,6 +657,14 @@ class Depth:
             return self.transform(sample)
 
 
+def shrunk(photo, longest):
+    """The photo with its longer side at most `longest` px."""
+    height, width = photo.shape[1:]
+    factor = min(1, longest / max(height, width))
+    size = [max(1, round(n * factor)) for n in (height, width)]
+    return photo if factor == 1 else v2.functional.resize(photo, size, antialias=True)
+
+
 def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False, flip=True, **reading):
     """(training set, validation set) for depth; height, width: the training crop, px. ToyWorld's
     photos are squares of the longer side. See open_sources."""

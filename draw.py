@@ -153,7 +153,7 @@ class Labels:
 
 def stroke(image):
     """Width of lines in px."""
-    return max(2, round(max(image.size) / 300))
+    return max(2, round(max(image.size) / 260))
 
 
 def boxes(photo, found, labels, texts, room=ROOM):
@@ -278,7 +278,7 @@ def skeletons(photo, keypoints, sure, texts, bones=SKELETON, room=ROOM):
     """
     image, zoom = canvas(photo, room)
     draw, names = ImageDraw.Draw(image), Labels(image)
-    width = stroke(image)
+    width = 3 * stroke(image) // 2
     persons = [(np.asarray(p) * zoom, np.asarray(s), colour_of(i))
                for i, (p, s) in enumerate(zip(keypoints, sure))]
     for points, score, colour in persons[::-1]:

@@ -192,6 +192,7 @@ def main(args):
                 with bar.evaluation():
                     best = conclude(model, val, args, state, step, best, optimizer, log)
     state.say(f"best box AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
+    state.say(training.how_to_ask(args))
     return {"AP": best, "step": step}
 
 

@@ -311,6 +311,7 @@ def main(args):
                 with bar.evaluation():
                     best = conclude(model, val, args, state, step, best, optimizer, log)
     state.say(f"best {words(best)} in {step} steps; {args.out}/samples/{step:06d}.png")
+    state.say(training.how_to_ask(args))
     return best | {"step": step}
 
 

@@ -14,6 +14,8 @@ The checkpoint says what the model is, and the answers are those that --eval of 
 the same scaling, the same thresholds, the same functions. See docs/predict.md.
 """
 import argparse
+import contextlib
+import signal
 import sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torchvision import tv_tensors
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 import checkpoints
+import data
 import draw
 import finetune_depth
 import finetune_det
@@ -38,15 +40,7 @@ import pretrain
 import resultfiles
 import training
 from attention import attention
-from data import (
-    Pretraining,
-    collate,
-    collate_pretraining,
-    detection_transform,
-    read_boxes,
-    segmentation_transform,
-)
-from files import InputError, as_photo, list_images
+from files import InputError, as_photo
 from model import Config, DepthEstimator, Detector, PoseEstimator, Pretrainer, Segmenter
 
 # the flag that only one script has -> what its checkpoints do, and the script
@@ -181,16 +175,17 @@ class Model:
         photos = [tv_tensors.Image(p) for p in photos]
         if self.task == "pretraining":
             a = self.args                       # every photo gets the same mask, the seed's first
-            samples = [Pretraining(Only(p), False, config.image_size, config.unit, a.mask,
+            samples = [data.Pretraining(Only(p), False, config.image_size, config.unit, a.mask,
                                    a.mask_ratio, a.seed)[0, 0] for p in photos]
-            return collate_pretraining(config, samples)
+            return data.collate_pretraining(config, samples)
         if self.task == "detection":
-            photos = [detection_transform(False, size)(p) for p in photos]
+            photos = [data.detection_transform(False, size)(p) for p in photos]
         elif self.task == "segmentation":
-            photos = [segmentation_transform(False, size)({"image": p})["image"] for p in photos]
+            scale = data.segmentation_transform(False, size)
+            photos = [scale({"image": p})["image"] for p in photos]
         elif self.longest:
-            photos = [shrunk(p, self.longest) for p in photos]
-        return collate(config, [{"image": p} for p in photos])[:2]
+            photos = [data.shrunk(p, self.longest) for p in photos]
+        return data.collate(config, [{"image": p} for p in photos])[:2]
 
     def joints_of(self, photo, boxes):
         """The pose of the persons in a photo uint8 [3, H, W].
@@ -242,14 +237,6 @@ def network(model, config, weights):
                      {t: count(f"heads.{t}.classify.bias") - 1 for t in args.tasks})
 
 
-def shrunk(photo, longest):
-    """The photo with its longer side at most `longest` px."""
-    height, width = photo.shape[1:]
-    factor = min(1, longest / max(height, width))
-    size = [max(1, round(n * factor)) for n in (height, width)]
-    return photo if factor == 1 else v2.functional.resize(photo, size, antialias=True)
-
-
 # -----------------------------------------------------------------------------
 # The command line
 
@@ -276,25 +263,6 @@ def flags():
     return parser
 
 
-def find(images):
-    """Files and folders -> [(path of a photo, name of its outputs)]; names are all different, and
-    none would overwrite a photo."""
-    pairs = []
-    for image in map(Path, images):
-        if image.is_dir():
-            pairs += [(p, p.relative_to(image)) for p in list_images(image, flag="")]
-        else:
-            pairs.append((image, Path(image.name)))
-    taken, found = set(), []
-    for path, name in pairs:
-        stem = name.with_suffix("").as_posix()
-        names = (stem, name.as_posix(), *(f"{stem}-{n}" for n in range(2, len(pairs) + 2)))
-        name = next(n for n in names if n.lower() not in taken)
-        taken.add(name.lower())
-        found.append((path, name))
-    return found
-
-
 def read(path):
     """-> (photo uint8 [3, H, W], None), or (None, what is wrong with it)."""
     try:
@@ -313,6 +281,15 @@ def ahead(function, items, pool, count):
         yield result
 
 
+@contextlib.contextmanager
+def stoppable(out):
+    """Ctrl-C within the block ends the program in one line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise training.Stopped(signal.SIGINT, f"stopped; {out} holds the pictures so far") from None
+
+
 def main(args):
     """Answer all photos; returns the number of photos answered."""
     model = load(args.checkpoint, args.device, args.detector, args.threshold, args.longest)
@@ -321,18 +298,18 @@ def main(args):
         raise InputError("--json: pre-training has no result format; leave it out")
     if args.boxes and model.task != "pose":
         raise InputError(f"--boxes: for pose checkpoints; this one is for {model.task}")
-    todo, out = find(args.images), Path(args.out)
+    todo, out = resultfiles.find(args.images), Path(args.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder")
     ids = resultfiles.image_ids([path for path, _ in todo], args.ids)
-    boxes = read_boxes(args.boxes, ids, set(model.category_ids)) if args.boxes else None
+    boxes = data.read_boxes(args.boxes, ids, set(model.category_ids)) if args.boxes else None
     out.mkdir(parents=True, exist_ok=True)
-    results, broken, begun = {}, 0, deque()
+    results, broken, begun = {}, [], deque()
 
     def write(photo, answer, index):
-        draw.save(pictures.show(model, photo, answer, args.threshold), out / f"{todo[index][1]}.png")
-        return resultfiles.entries(model, answer, ids[index], todo[index][1], out) \
-            if args.json else {}
+        name = todo[index][1]
+        draw.save(pictures.show(model, photo, answer, args.threshold), out / f"{name}.png")
+        return resultfiles.entries(model, answer, ids[index], name, out) if args.json else {}
 
     def collect(left):
         while len(begun) > left:                    # few at a time: masks are large
@@ -340,13 +317,13 @@ def main(args):
                 results.setdefault(name, []).extend(rows)
 
     # one thread reads ahead, one draws and writes what is answered, while the network works
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, \
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, stoppable(out), \
             tqdm(total=len(todo), desc=model.task, file=sys.stdout, mininterval=1) as bar:
         photos = enumerate(ahead(read, [path for path, _ in todo], reader, model.batch_size + 1))
         while part := list(islice(photos, model.batch_size)):
             for _, (_, error) in part:
                 if error:
-                    broken += 1
+                    broken.append(error)
                     bar.clear()
                     print(f"skipped: {error}", file=sys.stderr, flush=True)
             good = [(i, photo) for i, (photo, error) in part if not error]
@@ -363,9 +340,9 @@ def main(args):
     for name, rows in results.items():
         content = {"annotations": rows} if name == "panoptic" else rows
         resultfiles.write_json(content, out / f"{name}.json")
-    print(f"{len(todo) - broken} of {len(todo)} photos answered; {out}")
+    print(f"{len(todo) - len(broken)} of {len(todo)} photos answered; {out}")
     if broken:
-        raise InputError(f"{broken} of {len(todo)} photos could not be read, see above")
+        raise InputError(f"{len(broken)} of {len(todo)} photos could not be read; {broken[0]}")
     return len(todo)
 
 

@@ -189,6 +189,7 @@ def main(args):
                     best = conclude(model, val, args, state, step, best, optimizer, log)
     state.say(f"validation error {best:.4f} after {step} steps; {args.out}/best.pt, "
               f"{args.out}/samples/{step:06d}.png")
+    state.say(training.how_to_ask(args))
     return {"loss": best, "step": step}
 
 

@@ -18,9 +18,28 @@ from PIL import Image
 import draw
 from coco import an_id
 from cocomask import compressed, to_runs
-from files import read_json
+from files import list_images, read_json
 
 DEEPEST = 65534                         # mm: 65535 means "not measured" to many tools and to ours
+
+
+def find(images):
+    """Files and folders -> [(path of a photo, name of its outputs)]; names are all different, and
+    none would overwrite a photo."""
+    pairs = []
+    for image in map(Path, images):
+        if image.is_dir():
+            pairs += [(p, p.relative_to(image)) for p in list_images(image, flag="")]
+        else:
+            pairs.append((image, Path(image.name)))
+    taken, found = set(), []
+    for path, name in pairs:
+        stem = name.with_suffix("").as_posix()
+        names = (stem, name.as_posix(), *(f"{stem}-{n}" for n in range(2, len(pairs) + 2)))
+        name = next(n for n in names if n.lower() not in taken)
+        taken.add(name.lower())
+        found.append((path, name))
+    return found
 
 
 def image_ids(paths, file=None):

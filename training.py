@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -473,6 +474,11 @@ def compile_model(model, args):
     if args.compile:
         for layer in model.glid.decoder.layers:
             layer.compile()
+
+
+def how_to_ask(args):
+    """The command that shows a trained model at work."""
+    return f"python predict.py {shlex.quote(str(Path(args.out, 'best.pt')))} YOURPHOTO"
 
 
 # -----------------------------------------------------------------------------
