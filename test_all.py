@@ -1411,7 +1411,7 @@ def test_perfect_detections_score_one():
         finally:
             finetune_det.predict = real
         assert result["AP"] == result["AP50"] == 1.0 and result["AR100"] == 1.0
-        assert Image.open(at / "p.png").size == (2 * 2 * 96, 2 * 6 * 96)
+        assert Image.open(at / "p.png").size == (3 * 2 * 96, 3 * 6 * 96)
 
 
 def test_detection_loop_does_what_it_says():
@@ -2643,7 +2643,7 @@ def test_pose_samples():
     """Pure functions of (seed, epoch, index); crowds and persons without joints teach nothing, but
     are in the truth; each labelled joint of a crop lies on the pixels it lay on in the photo."""
     class Source:
-        ids, joints = [41, 42], toyworld.KEYPOINTS
+        ids, joints, category_ids, classes = [41, 42], toyworld.KEYPOINTS, (1,), ("person",)
         def __len__(self):
             return 2
         def labels(self, i):
