@@ -59,6 +59,7 @@ import model as M
 import pose
 import predict
 import pretrain
+import resultfiles
 import toyexport
 import toyworld
 import training
@@ -4921,6 +4922,9 @@ def test_results_have_the_numbers_of_the_files():
         seen = [files.read_labels(p) for p in sorted((at / "o/semantic").iterdir())]
         found = predict.load(best, "cpu")(at / "maps/images/val/0.jpg")["semantic"]
         assert len(seen) == 2 and np.array_equal(seen[0], values[found.numpy()])
+        every = {"semantic": torch.tensor([[0, 1, 2, 1]], dtype=torch.uint8)}
+        resultfiles.entries(predict.load(best, "cpu"), every, 0, "hand", at / "o")
+        assert files.read_labels(at / "o/semantic/hand.png").tolist() == [[0, 7, 200, 7]]
 
 
 def test_run_lengths_round_trip():
