@@ -143,7 +143,8 @@ MEANING = {"preset", "window", "decoder_layers", "tasks", "queries", "many_queri
 
 def meaning(dataset):
     """What the numbers of a network's answers mean: kept in its checkpoint, compared by resume."""
-    found = {k: getattr(dataset, k, ()) for k in ("classes", "category_ids", "joints", "things")}
+    found = {k: getattr(dataset, k, ()) for k in ("classes", "category_ids", "joints", "things",
+                                                  "kinds")}
     return {k: v if k == "things" else list(v) for k, v in found.items() if v}
 
 
@@ -161,7 +162,8 @@ def compare(checkpoint, path, args, dataset):
                          "the same, or another --out")
     for key, value in meaning(dataset).items():
         was = checkpoint.get(key, value)
-        if key != "category_ids" and was != value:          # ids may differ, if names do not
+        # ids may differ, if names do not; so may the names of what has the same joints
+        if key not in ("category_ids", "kinds") and was != value:
             raise InputError(f"--data {args.data}: its {key} are {str(value)[:200]}, but --out "
                              f"{path} was trained for {str(was)[:200]} (--data {then['data']}; "
                              "classes.txt tells those of label maps)")

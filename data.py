@@ -674,6 +674,14 @@ class Depth:
             return self.transform(sample)
 
 
+def shrunk(photo, longest):
+    """The photo with its longer side at most `longest` px."""
+    height, width = photo.shape[1:]
+    factor = min(1, longest / max(height, width))
+    size = [max(1, round(n * factor)) for n in (height, width)]
+    return photo if factor == 1 else v2.functional.resize(photo, size, antialias=True)
+
+
 def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False, flip=True, **reading):
     """(training set, validation set) for depth; height, width: the training crop, px. ToyWorld's
     photos are squares of the longer side. See open_sources."""
@@ -725,8 +733,8 @@ def read_boxes(path, ids, kinds):
             raise InputError(f"--boxes {path}: entry {n} is no box of COCO's results format "
                              f"({type(error).__name__}: {error}); correct or remove it") from None
     if not any(found.values()):
-        raise InputError(f"--boxes {path}: no person (category_id {min(kinds)}) in any image of "
-                         "the validation set; is it the file of this set?")
+        raise InputError(f"--boxes {path}: no person (category_id {min(kinds)}) in any of the "
+                         "photos; is it the file of this set?")
     rows = [np.array(found[i], np.float64).reshape(-1, 5) for i in ids]
     return [(r[:, :4], r[:, 4]) for r in rows]
 
@@ -750,8 +758,12 @@ class Pose:
         self.joints = source.joints             # their names, which tell the next four
         self.flip, self.sigmas = pose.flip_order(self.joints, pairs), pose.oks_sigmas(self.joints)
         self.mirrors = flip
-        human = tuple(self.joints) == toyworld.KEYPOINTS
-        self.upper, self.bones = (pose.UPPER, toyworld.SKELETON) if human else (None, ())
+        self.bones = pose.bones(self.joints)
+        self.upper = pose.UPPER if self.bones else None
+        # what has these joints, as files and detectors name it
+        toy = isinstance(source, ToyWorld)
+        self.category_ids = source.category_ids[:1] if toy else source.category_ids
+        self.kinds = source.classes[:1] if toy else source.classes
         self.truths = [persons(source.labels(i)) for i in range(len(source))]
         self.boxes = boxes or [(t["boxes"][~t["iscrowd"]], np.ones(int((~t["iscrowd"]).sum())))
                                for t in self.truths]
@@ -789,15 +801,8 @@ class Pose:
         """A test sample: the crops of all persons of a photo, and how to get back to it."""
         image, truth = self.source[index]["image"].as_subclass(torch.Tensor), self.truths[index]
         boxes, scores = self.boxes[index]
-        crops, back, area = [torch.empty(0, 3, *self.size, dtype=torch.uint8)], [], []
-        for box in boxes:
-            centre, size = pose.fit_box(box, *self.size)
-            matrix = pose.affine(centre, size, *self.size)
-            crops.append(pose.warp(image, matrix, *self.size)[None])
-            back.append(pose.inverse(matrix) - [[0, 0, pose.PIXEL]] * 2)
-            area.append(size.prod())
-        return {"images": torch.cat(crops), "back": np.array(back).reshape(-1, 2, 3),
-                "area": np.array(area), "scores": scores, "index": index,
+        crops, back, area = pose.views(image, boxes, *self.size)
+        return {"images": crops, "back": back, "area": area, "scores": scores, "index": index,
                 "id": self.source.ids[index],
                 "truth": truth | {"labels": np.full(len(truth["area"]), PERSON)}}
 

@@ -1,111 +1,300 @@
 """
-Pictures of what went in, what was true and what came out, as uint8 tensors [3, H, W] and PNGs.
+Pictures of photos and of what networks answer, with PIL alone. The training scripts draw their
+samples, and predict.py draws its answers, with the same functions.
+
+Photos are uint8 [3, H, W]; every function that draws returns a PIL image. Small photos are enlarged
+by a whole factor to about `room` px, so that names fit on them; letters and lines grow with large
+ones. Pixels outside the objects and their labels stay those of the (enlarged) photo.
 """
+import contextlib
+import os
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torchvision.utils import draw_bounding_boxes, draw_keypoints
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
-from data import IGNORE
+from formats.files import IGNORE
 from toyworld import SKELETON
 
+ROOM, SAMPLE = 640, 320                 # px: the longer side of pictures and of training samples
+# Okabe and Ito's colours, which colour-blind people can tell apart. The order keeps neighbours in
+# a list of classes far apart; after seven the same hues come back lighter, then darker
+HUES = np.array([[230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178],
+                 [213, 94, 0], [204, 121, 167]])
+# viridis: equal steps look equal, and grow darker in print and for the colour-blind as well
+VIRIDIS = np.array([[253, 231, 37], [170, 220, 50], [92, 200, 99], [39, 173, 129], [33, 144, 141],
+                    [44, 113, 142], [59, 81, 139], [71, 44, 122], [68, 1, 84]])
 
-def save_picture(rows, path, room=480):
-    """Stack pictures [3, H, W] of unequal sizes into one PNG, enlarged while `room` px allow."""
-    width = max(r.shape[2] for r in rows)
-    canvas = torch.cat([F.pad(r, (0, width - r.shape[2])) for r in rows], 1)
-    picture = Image.fromarray(canvas.permute(1, 2, 0).numpy())
-    zoom = max(1, room // picture.width)
-    Path(path).parent.mkdir(exist_ok=True)
-    picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST).save(path)
 
-
+@cache
 def palette(count=256):
-    """Distinct colours for labels, uint8 [count, 3]; the ignore label is black."""
-    step = np.arange(count)[:, None] * np.array([0.618034, 0.381966, 0.236068]) + [0, 0.33, 0.67]
-    colours = (80 + 175 * (step % 1)).astype(np.uint8)
+    """Colours of classes 0, 1, ..., uint8 [count, 3]; the ignored label's is black."""
+    k = np.arange(count)
+    colours = HUES[k % 7].astype(float)
+    lighter, darker = k // 7 % 3 == 1, k // 7 % 3 == 2
+    colours[lighter] += 0.5 * (255 - colours[lighter])
+    colours[darker] *= 0.6
     if count > IGNORE:
         colours[IGNORE] = 0
-    return torch.from_numpy(colours)
+    return colours.round().astype(np.uint8)
 
 
-def label_map(labels):
-    """Class map uint8 [H, W] -> colours uint8 [3, H, W]."""
-    return palette()[labels.long()].permute(2, 0, 1)
+def colour_of(k):
+    return tuple(palette()[int(k) % IGNORE].tolist())
 
 
-def boxed(image, boxes, labels):
-    """Boxes float [N, 4] x1 y1 x2 y2 over the photo uint8 [3, H, W], coloured by label."""
-    if not len(boxes):
+# -----------------------------------------------------------------------------
+# Canvas
+
+
+def canvas(photo, room=ROOM):
+    """uint8 [3, H, W] -> PIL image, enlarged by a whole factor, and the factor."""
+    image = Image.fromarray(np.ascontiguousarray(photo.permute(1, 2, 0).numpy()))
+    zoom = max(1, room // max(image.size))
+    size = image.width * zoom, image.height * zoom
+    return (image.resize(size, Image.BICUBIC) if zoom > 1 else image), zoom
+
+
+def save(image, path, **how):
+    """Write under another name, then rename: a picture is there as a whole or not at all."""
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        image.save(temporary, format="PNG", **{"compress_level": 1} | how)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def beside(images, gap=0):
+    """PIL images in a row, top aligned, on white."""
+    size = sum(i.width for i in images) + gap * (len(images) - 1), max(i.height for i in images)
+    row, left = Image.new("RGB", size, "white"), 0
+    for image in images:
+        row.paste(image, (left, 0))
+        left += image.width + gap
+    return row
+
+
+def below(images):
+    """PIL images in a column, left aligned, on white."""
+    column = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)),
+                       "white")
+    top = 0
+    for image in images:
+        column.paste(image, (0, top))
+        top += image.height
+    return column
+
+
+# -----------------------------------------------------------------------------
+# Labels
+
+
+font = cache(ImageFont.load_default)
+
+
+def letters(side):
+    """Height of letters in px for a picture whose longer side has so many px."""
+    return max(12, round(side / 50))
+
+
+def fitted(text, size, width):
+    """The text and a font with which it fits into `width` px: smaller letters, at last fewer."""
+    while size > 9 and font(size).getlength(text) > width:
+        size -= 1
+    while len(text) > 1 and font(size).getlength(text) > width:
+        text = text[:-2] + "…"
+    return text, font(size)
+
+
+class Labels:
+    """Names on a picture that keep clear of its border and of each other."""
+
+    def __init__(self, image):
+        self.draw, self.width, self.height = ImageDraw.Draw(image), *image.size
+        self.size, self.taken = letters(max(image.size)), np.zeros((0, 4))
+
+    def put(self, text, colour, spots):
+        """Write the text at the first free spot; where all are taken, leave it out.
+
+        spots: function (width, height of the label) -> list of its left top corners, best first.
+        """
+        if not text:
+            return
+        pad = self.size // 4
+        text, face = fitted(text, self.size, self.width - 2 * pad)
+        w, h = round(face.getlength(text)) + 2 * pad, face.size + 2 * pad
+        last = max(0, self.width - w), max(0, self.height - h)
+        tried = [(min(max(0, x), last[0]), min(max(0, y), last[1])) for x, y in spots(w, h)]
+        # then up and down from the best one
+        x, y = tried[0]
+        tried += [(x, min(max(0, y + step * h), last[1])) for k in range(1, 4) for step in (k, -k)]
+        for x, y in tried:
+            t = self.taken
+            if not ((t[:, 0] < x + w) & (x < t[:, 2]) & (t[:, 1] < y + h) & (y < t[:, 3])).any():
+                break
+        else:
+            return
+        self.taken = np.vstack([self.taken, [x, y, x + w, y + h]])
+        dark = np.dot(colour, (0.299, 0.587, 0.114)) < 120
+        self.draw.rectangle((x, y, x + w - 1, y + h - 1), tuple(colour))
+        self.draw.text((x + w / 2, y + h / 2), text, "white" if dark else "black", face,
+                       anchor="mm")
+
+
+# -----------------------------------------------------------------------------
+# One function for each kind of answer
+
+
+def stroke(image):
+    """Width of lines in px."""
+    return max(2, round(max(image.size) / 260))
+
+
+def boxes(photo, found, labels, texts, room=ROOM):
+    """Boxes float [N, 4] x1 y1 x2 y2 with their texts, coloured by label; the first on top."""
+    (image, zoom), found = canvas(photo, room), np.asarray(found, np.float64).reshape(-1, 4)
+    draw, width, names = ImageDraw.Draw(image), stroke(image), Labels(image)
+    edge = max(1, width // 3)
+    corners = (found * zoom).round().astype(int)
+    corners[:, 2:] = np.maximum(corners[:, 2:] - 1, corners[:, :2])         # the last pixel inside
+    for (x, y, right, bottom), label in list(zip(corners.tolist(), labels))[::-1]:
+        # a dark edge shows the line on white photos, a bright line shows on black ones
+        draw.rectangle((x - edge, y - edge, right + edge, bottom + edge), None, "black",
+                       width + 2 * edge)
+        draw.rectangle((x, y, right, bottom), None, colour_of(label), width)
+    for (x, y, right, bottom), label, text in zip(corners.tolist(), labels, texts):
+        names.put(text, colour_of(label), lambda w, h, x=x, y=y, r=right, b=bottom: [
+            (x, y - h), (x, y), (r - w, y - h), (r - w, y), (x, b - h), (x, b), (r - w, b - h)])
+    return image
+
+
+def regions(photo, numbers, colours, texts, room=ROOM, strength=0.5):
+    """Regions of a map int [H, W] over the photo: 0 is none, k has colours[k - 1], texts[k - 1].
+
+    Each is blended with the photo inside a solid contour; its text stands where it is widest.
+    """
+    image, zoom = canvas(photo, room)
+    width, numbers = stroke(image), np.asarray(numbers, np.int32)
+    if not numbers.any():
         return image
-    colours = [tuple(c) for c in palette()[labels % IGNORE].tolist()]
-    edges = torch.stack([boxes[:, :2], boxes[:, 2:] - 1], 1).round()        # the last pixel inside
-    edges = torch.stack([edges.amin(1), edges.amax(1)], 1).flatten(1)
-    return draw_bounding_boxes(image, edges, colors=colours, width=1 + min(image.shape[1:]) // 300)
+    table = np.vstack([[0, 0, 0], np.reshape(colours, (-1, 3))]).astype(np.uint8)
+    names, large = Labels(image), numbers.repeat(zoom, 0).repeat(zoom, 1)
+    weight = np.where(large > 0, np.uint8(255 * strength), np.uint8(0))
+    half = max(1, width // 2)                               # on both sides of every border
+    for axis in (0, 1):
+        a, b, w, v = (np.moveaxis(x, axis, 0)[y] for x in (large, weight)
+                      for y in (slice(half, None), slice(None, -half)))
+        border = a != b
+        w[border & (a > 0)] = v[border & (b > 0)] = 240
+    image.paste(Image.fromarray(table[large]), mask=Image.fromarray(weight))
+    for k in np.argsort(-np.bincount(numbers.ravel(), minlength=len(texts) + 1)[1:],
+                        kind="stable").tolist():
+        if place := widest(numbers, k + 1):
+            x, y = (zoom * v for v in place)
+            names.put(texts[k], colours[k], lambda w, h, x=x, y=y: [
+                (x - w / 2, y - h / 2), (x - w / 2, y), (x - w / 2, y - h), (x, y), (x - w, y)])
+    return image
 
 
-def numbered(numbers):
-    """Numbers of objects int [H, W], 0 = none -> labels of label_map."""
-    return torch.where(numbers > 0, (numbers.int() - 1) % IGNORE, IGNORE)
+def widest(numbers, k):
+    """(x, y) of the middle of the largest disk inside region k; None if it has no pixel."""
+    step = max(1, max(numbers.shape) // 160)                # a coarse look is enough
+    inside = numbers[::step, ::step] == k
+    if not inside.any():
+        inside, step = numbers == k, 1
+    if not inside.any():
+        return None
+    depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return (x + 0.5) * step, (y + 0.5) * step
 
 
-def instance_map(masks, scores, at_least=0.5):
-    """Masks bool [N, H, W] -> colours uint8 [3, H, W], one per object, black where there is none;
-    the surest on top, those of a lower score than at_least left out."""
-    numbers = torch.zeros(masks.shape[1:], dtype=torch.int32)
-    for k in scores.argsort().tolist():
-        if scores[k] >= at_least:
-            numbers[masks[k]] = k + 1
-    return label_map(numbered(numbers))
+def semantic(photo, labels, names, room=ROOM):
+    """Class map uint8 [H, W], IGNORE = no class; names: those of the classes."""
+    labels = np.asarray(labels).astype(np.int32)
+    return regions(photo, np.where(labels == IGNORE, 0, labels + 1), palette()[:len(names)],
+                   names, room)
 
 
-def panoptic_map(ids, classes, things):
-    """Segment ids [H, W] and {id: class} -> colours uint8 [3, H, W]: a dark one per class of
-    stuff, a bright one per thing, void is black."""
-    labels, bright = torch.full(ids.shape, IGNORE), torch.zeros(ids.shape, dtype=torch.bool)
-    objects = 0
-    for segment, label in classes.items():
-        mask = ids == segment
-        if label < things:
-            objects, label = objects + 1, objects % IGNORE
-            bright |= mask
-        labels[mask] = label
-    return torch.where(bright, label_map(labels), label_map(labels) // 2)
+def instances(photo, masks, texts, room=ROOM):
+    """Masks bool [N, H, W], best first and on top, each in a colour of its own."""
+    numbers = np.zeros(photo.shape[1:], np.int32)
+    for k in range(len(masks) - 1, -1, -1):
+        numbers[np.asarray(masks[k])] = k + 1
+    return regions(photo, numbers, [colour_of(k) for k in range(len(texts))], texts, room, 0.55)
 
 
-# near to far: light to dark, so that the order survives without colour; black means invalid
-DEPTHS = np.array([[255, 240, 170], [253, 175, 85], [235, 95, 80], [165, 50, 130], [85, 40, 150],
-                   [35, 35, 90]])
+def panoptic(photo, ids, classes, names, things, room=ROOM):
+    """Segment ids [H, W], 0 = void, and {id: class}: every thing in a bright colour of its own,
+    stuff in the dark colour of its class."""
+    listed, ids = sorted(classes), np.asarray(ids)
+    numbers = np.append(np.searchsorted(listed, ids.ravel()) + 1, 0)[:-1].reshape(ids.shape) \
+        if listed else np.zeros(ids.shape, np.int64)
+    objects, colours = 0, []
+    for i in listed:
+        thing = classes[i] < things
+        colours.append(HUES[objects % 7] if thing else palette()[classes[i]] * 0.6)
+        objects += thing
+    return regions(photo, np.where(ids > 0, numbers, 0),
+                   np.array(colours).reshape(-1, 3).astype(np.uint8).tolist(),
+                   [names[classes[i]] for i in listed], room)
 
 
-def depth_range(depth):
-    """Least and greatest valid depth (> 0) in metres; 0, 0 if there is none."""
-    valid = depth[depth > 0]
-    return (valid.min().item(), valid.max().item()) if valid.numel() else (0.0, 0.0)
+def depth_range(depth, share=0.0):
+    """Least and greatest valid depth (> 0) in metres, without `share` of the pixels at either end;
+    0, 0 if there is none."""
+    valid = np.asarray(depth)[np.asarray(depth) > 0]
+    return tuple(np.quantile(valid, (share, 1 - share)).tolist()) if valid.size else (0.0, 0.0)
 
 
 def depth_map(depth, low, high):
-    """Depth [H, W] in metres -> colours uint8 [3, H, W], low = light yellow, high = dark blue,
+    """Depth [H, W] in metres -> colours uint8 [3, H, W], low = light yellow, high = dark violet,
     what lies beyond them like the end of the scale; 0 = invalid = black."""
-    depth = depth.numpy()
-    at = (depth - low) / max(high - low, 1e-9) * (len(DEPTHS) - 1)          # 0..5 on the scale
-    colours = np.stack([np.interp(at, np.arange(len(DEPTHS)), c) for c in DEPTHS.T])
-    return torch.from_numpy((colours * (depth > 0)).round().astype(np.uint8))
+    depth = np.asarray(depth)
+    at = ((depth - low) / max(high - low, 1e-9)).clip(0, 1)
+    colours = scale()[(at * 255).round().astype(np.uint8)] * (depth > 0)[..., None]
+    return torch.from_numpy(colours.astype(np.uint8)).permute(2, 0, 1)
 
 
-def skeletons(image, keypoints, visible, bones=SKELETON, at_least=320):
-    """Photo uint8 [3, H, W] with persons drawn in: [3, zoom H, zoom W], small photos enlarged.
+@cache
+def scale():
+    """The colours of 256 depths, near to far, uint8 [256, 3]."""
+    at = np.linspace(0, len(VIRIDIS) - 1, 256)
+    return np.stack([np.interp(at, np.arange(len(VIRIDIS)), c) for c in VIRIDIS.T], 1).round() \
+        .astype(np.uint8)
 
-    keypoints [P, J, 2] photo px; visible bool [P, J], the joints to draw; bones: pairs of joints.
-    White bones, and dots in a colour per person.
+
+def skeletons(photo, keypoints, sure, texts, bones=SKELETON, room=ROOM):
+    """Persons' keypoints [P, J, 2] photo px, sure float [P, J] in 0..1; a colour per person.
+
+    Joints are dots, those below 0.5 rings, those of 0.2 or less and their bones left out; the text
+    stands above the highest joint.
     """
-    zoom = max(1, at_least // image.shape[2])
-    image = image.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-    for i, (points, seen) in enumerate(zip(keypoints, visible)):
-        points, seen = (torch.as_tensor(v)[None] for v in (points * zoom, seen))
-        image = draw_keypoints(image, points, list(bones), tuple(palette()[i % 250].tolist()),
-                               radius=zoom, width=zoom, visibility=seen)
+    image, zoom = canvas(photo, room)
+    draw, names = ImageDraw.Draw(image), Labels(image)
+    width = 3 * stroke(image) // 2
+    persons = [(np.asarray(p) * zoom, np.asarray(s), colour_of(i))
+               for i, (p, s) in enumerate(zip(keypoints, sure))]
+    for points, score, colour in persons[::-1]:
+        seen = score > 0.2
+        for shade, more in (("black", 2), (colour, 0)):         # a dark edge, as for boxes
+            for a, b in bones:
+                if seen[a] and seen[b]:
+                    draw.line((*points[a], *points[b]), shade, width + more)
+        for (x, y), s in zip(points[seen], score[seen]):
+            r = width + 1
+            draw.ellipse((x - r, y - r, x + r, y + r), colour if s >= 0.5 else "white",
+                         "black", max(1, width // 3))
+    for (points, score, colour), text in zip(persons, texts):
+        if (score > 0.2).any():
+            x, y = points[score > 0.2][points[score > 0.2][:, 1].argmin()]
+            names.put(text, colour, lambda w, h, x=x, y=y: [
+                (x - w / 2, y - h - 3 * width), (x + 3 * width, y - h / 2),
+                (x - w - 3 * width, y - h / 2)])
     return image

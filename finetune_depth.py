@@ -133,12 +133,12 @@ def evaluate(model, dataset, args, state, path=None):
             metric.update(guess.numpy(), truth.numpy(), graded(truth.shape, args))
             if len(rows) < 8:
                 low, high = draw.depth_range(truth)         # one scale for truth and prediction
-                rows.append(torch.cat([image[:, :size[0], :size[1]],
-                                       draw.depth_map(truth, low, high),
-                                       draw.depth_map(guess, low, high)], 2))
+                shown = (image[:, :size[0], :size[1]], draw.depth_map(truth, low, high),
+                         draw.depth_map(guess, low, high))
+                rows.append(draw.beside([draw.canvas(x, draw.SAMPLE)[0] for x in shown]))
     model.train()
     if path and state.rank == 0:
-        draw.save_picture(rows, path)
+        draw.save(draw.below(rows), path)
     errors = state.merged(metric).result()
     if not errors["images"]:
         raise InputError(f"--data {args.data}: no validation image has a pixel with a depth between"
@@ -255,6 +255,7 @@ def main(args):
                 with bar.evaluation():
                     best = conclude(model, val, args, state, step, best, optimizer, log)
     state.say(f"best of {step} steps: {words(best)}; {args.out}/samples/{step:06d}.png")
+    state.say(training.how_to_ask(args))
     return best | {"step": step}
 
 

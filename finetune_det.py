@@ -84,18 +84,21 @@ def evaluate(model, dataset, args, state, path=None):
             metric.update(truth["index"].item(), {k: v.numpy() for k, v in guess.items()},
                           {k: truth[k].numpy() for k in truth.keys() - {"index", "size"}})
             if len(rows) < 8:
-                rows.append(drawn(dataset.source[truth["index"]]["image"], truth, guess))
+                photo = dataset.source[truth["index"]]["image"]
+                rows.append(drawn(photo, truth, guess, dataset.classes))
     model.train()
     if path and state.rank == 0:
-        draw.save_picture(rows, path)
+        draw.save(draw.below(rows), path)
     return state.merged(metric).result()
 
 
-def drawn(photo, truth, guess, threshold=0.3):
+def drawn(photo, truth, guess, classes, threshold=0.3):
     """Photo with the true boxes beside the photo with those predicted above the threshold."""
     sure = guess["scores"] > threshold
-    return torch.cat([draw.boxed(photo, truth["boxes"], truth["labels"]),
-                      draw.boxed(photo, guess["boxes"][sure], guess["labels"][sure])], 2)
+    found = guess["boxes"][sure], guess["labels"][sure]
+    texts = [classes[k] for k in truth["labels"]], [classes[k] for k in found[1]]
+    return draw.beside([draw.boxes(photo, truth["boxes"], truth["labels"], texts[0], draw.SAMPLE),
+                        draw.boxes(photo, *found, texts[1], draw.SAMPLE)])
 
 
 def build(args, classes, state):
@@ -190,6 +193,7 @@ def main(args):
                 with bar.evaluation():
                     best = conclude(model, val, args, state, step, best, optimizer, log)
     state.say(f"best box AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
+    state.say(training.how_to_ask(args))
     return {"AP": best, "step": step}
 
 

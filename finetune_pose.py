@@ -97,12 +97,12 @@ def predict(model, crops, args, state, flip=pose.FLIP):
 
 def answer(photo, joints, scores, sigmas=OKS_SIGMAS):
     """Joints [P, J, 2] in the crops of a photo's persons -> what AveragePrecision wants, in photo
-    px, best person first, doubles removed."""
+    px, best person first, doubles removed; kept: which of the P persons they are."""
     joints = pose.move(photo["back"], joints)
     persons = pose.rescore(photo["scores"], scores)
     keep = pose.oks_nms(joints, persons, photo["area"], sigmas=sigmas)
     return {"labels": np.full(len(keep), PERSON), "scores": persons[keep],
-            "keypoints": np.concatenate([joints, scores[..., None]], -1)[keep]}
+            "keypoints": np.concatenate([joints, scores[..., None]], -1)[keep], "kept": keep}
 
 
 def evaluate(model, dataset, args, state, path=None):
@@ -123,12 +123,14 @@ def evaluate(model, dataset, args, state, path=None):
             metric.update(photo["id"], found, truth)
             if len(rows) < 8 and path and state.rank == 0:
                 image = dataset.source[photo["index"]]["image"].as_subclass(torch.Tensor)
-                rows.append(torch.cat([
-                    draw.skeletons(image, k[..., :2], k[..., 2] > sure, dataset.bones)
-                    for k, sure in ((truth["keypoints"], 0), (found["keypoints"], 0.2))], 2))
+                scores = [f"{s:.2f}" for s in found["scores"]]
+                rows.append(draw.beside([
+                    draw.skeletons(image, k[..., :2], k[..., 2], texts, dataset.bones, draw.SAMPLE)
+                    for k, texts in ((truth["keypoints"], [""] * len(truth["keypoints"])),
+                                     (found["keypoints"], scores))]))
     model.train()
     if rows:
-        draw.save_picture(rows, path)
+        draw.save(draw.below(rows), path)
     result = state.merged(metric).result()
     return {name: result[name] for name in SHOWN}
 
@@ -221,6 +223,7 @@ def main(args):
                 with bar.evaluation():
                     best = conclude(model, val, args, state, step, best, optimizer, log)
     state.say(f"best AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
+    state.say(training.how_to_ask(args))
     return {"AP": best, "step": step}
 
 

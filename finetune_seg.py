@@ -27,6 +27,7 @@ import checkpoints
 import draw
 import training
 from data import IGNORE, InputError, collate, find_instances, mix, open_segmentation
+from formats.masks import unstack
 from inference import instance_inference, panoptic_inference, semantic_inference
 from losses import segmentation_loss
 from metrics import AveragePrecision, MeanIoU, PanopticQuality
@@ -142,16 +143,21 @@ def grade(task, metric, answer, truth, things):
         metric.update(answer[0].numpy(), answer[1], truth["panoptic"].numpy(), segments)
 
 
-def pictures(task, answer, truth, things):
-    """Truth and answer in colours, uint8 [3, H0, W0] each."""
+def pictures(task, photo, answer, truth, dataset, threshold=0.5):
+    """Truth and answer over the photo, two PIL images; instances less sure are left out."""
+    names, things = dataset.classes, dataset.things
     if task == "semantic":
-        return draw.label_map(truth["semantic"]), draw.label_map(answer)
+        return [draw.semantic(photo, x, names, draw.SAMPLE) for x in (truth["semantic"], answer)]
     if task == "instance":
-        return (draw.label_map(draw.numbered(find_instances(truth, things)[1].amax(0))),
-                draw.instance_map(answer["masks"], answer["scores"]))
+        labels, layers, _ = find_instances(truth, things)
+        masks = unstack(layers.numpy(), range(1, len(labels) + 1))
+        sure = (answer["scores"] >= threshold).nonzero()[:, 0].tolist()
+        return [draw.instances(photo, masks, [names[k] for k in labels], draw.SAMPLE),
+                draw.instances(photo, [answer["masks"][k] for k in sure],
+                               [names[k] for k in answer["labels"][sure]], draw.SAMPLE)]
     classes = {i: c for i, c, _ in truth["segments"].tolist()}
-    return (draw.panoptic_map(truth["panoptic"], classes, things),
-            draw.panoptic_map(*answer, things))
+    return [draw.panoptic(photo, *x, names, things, draw.SAMPLE)
+            for x in ((truth["panoptic"], classes), answer)]
 
 
 def evaluate(model, dataset, args, state, path=None):
@@ -170,14 +176,14 @@ def evaluate(model, dataset, args, state, path=None):
             for task in args.tasks:
                 grade(task, metrics[task], answers[task], truth, dataset.things)
             if len(rows) < 8:
-                shown = [picture for task in args.tasks for picture in
-                         pictures(task, answers[task], truth, dataset.things)]
                 photo = dataset.source[truth["index"]]["image"]     # as it was before any scaling
-                rows.append(torch.cat([photo, *shown], 2))
+                shown = [picture for task in args.tasks for picture in
+                         pictures(task, photo, answers[task], truth, dataset)]
+                rows.append(draw.beside([draw.canvas(photo, draw.SAMPLE)[0], *shown]))
             del answers                                     # before the next photo's are made
     model.train()
     if path and state.rank == 0:
-        draw.save_picture(rows, path)
+        draw.save(draw.below(rows), path)
     results = {t: state.merged(metrics[t]).result() for t in args.tasks}
     return {name: results[t][name] for t in args.tasks for name in REPORT[t]}
 
@@ -310,6 +316,7 @@ def main(args):
                 with bar.evaluation():
                     best = conclude(model, val, args, state, step, best, optimizer, log)
     state.say(f"best {words(best)} in {step} steps; {args.out}/samples/{step:06d}.png")
+    state.say(training.how_to_ask(args))
     return best | {"step": step}
 
 

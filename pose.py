@@ -24,7 +24,7 @@ from PIL import Image
 
 from formats.files import InputError, note
 from metrics import OKS_SIGMAS, keypoint_overlaps
-from toyworld import KEYPOINTS
+from toyworld import KEYPOINTS, SKELETON
 
 PADDING = 1.25                      # room around the box
 PIXEL = 0.5                         # photo coordinates = joint of an annotation + PIXEL
@@ -95,6 +95,11 @@ def require_sides(path, names, flip, keypoints):
 
 
 FLIP = flip_order(KEYPOINTS)
+
+
+def bones(names):
+    """Pairs of joints to draw a line between: COCO's, or none where the joints are others."""
+    return SKELETON if tuple(names) == KEYPOINTS else ()
 
 
 def oks_sigmas(names):
@@ -169,6 +174,22 @@ def warp(image, matrix, height, width):
     crop = photo.transform((width, height), Image.Transform.AFFINE, back.ravel().tolist(),
                            Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
+
+
+def views(image, boxes, height, width):
+    """What the network sees of the persons in a photo at test.
+
+    image uint8 [3, H0, W0]; boxes [P, 4] x1 y1 x2 y2 photo px. Returns crops uint8 [P, 3, H, W],
+    back [P, 2, 3] from crop to the photo's pixels as annotations count them, area [P] of the views.
+    """
+    crops, back, area = [torch.empty(0, 3, height, width, dtype=torch.uint8)], [], []
+    for box in boxes:
+        centre, size = fit_box(box, height, width)
+        matrix = affine(centre, size, height, width)
+        crops.append(warp(image, matrix, height, width)[None])
+        back.append(inverse(matrix) - [[0, 0, PIXEL]] * 2)
+        area.append(size.prod())
+    return torch.cat(crops), np.array(back).reshape(-1, 2, 3), np.array(area)
 
 
 # -----------------------------------------------------------------------------

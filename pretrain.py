@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 import batching
 import checkpoints
+import draw
 import training
 from data import collate_pretraining, mix, open_pretraining
 from losses import reconstruction_loss
@@ -86,33 +86,44 @@ def evaluate(model, dataset, args, state):
 
 
 @torch.no_grad()
-def picture(model, dataset, path, state, count=8):
-    """A row for each of a few validation photos: input, what the encoder saw, reconstruction.
+def fill(model, images, layout):
+    """uint8 images [B, 3, S, S] and their layout, both on the model's device -> uint8 [B, 3, S, S]
+    each: input, what the encoder saw, reconstruction, and what that borrowed from the input.
 
     With --norm-pix the network predicts contrast and form only; the mean and spread of a hidden
-    unit, needed to show it, are then borrowed from the input.
+    unit, needed to show it, are then borrowed from the input. The fourth image shows them alone, as
+    stripes of mean - spread and mean + spread; without --norm-pix it is what the encoder saw.
     """
-    model.eval()
-    config, count = model.glid.config, min(count, len(dataset))
-    ids = [i * len(dataset) // count for i in range(count)]                 # from all over the set
-    images, layout = collate_pretraining(config, [dataset[(0, i)] for i in ids])
-    pixels, layout = normalize(images.to(state.device)), layout.to(state.device)
-    prediction = model(pixels, layout)[0].float()
-    model.train()
-    where, unit = tuple(layout.hidden.long().unbind(1)), config.unit
-    if model.norm_pix:
-        truth = split_units(pixels, unit)[where].flatten(1)
-        prediction = prediction * (truth.var(-1) + 1e-6).sqrt().view(*prediction.shape[:2], 1) \
-            + truth.mean(-1).view(*prediction.shape[:2], 1)
+    pixels, unit = normalize(images), model.glid.config.unit
+    prediction = model(pixels, layout)[0].float()                           # [B, N, 3 unit**2]
+    where = tuple(layout.hidden.long().unbind(1))
     seen, filled = pixels.clone(), pixels.clone()
     split_units(seen, unit)[where] = 0                                      # views: write through
+    borrowed = seen.clone()
+    if model.norm_pix:
+        truth = split_units(pixels, unit)[where].flatten(1)
+        spread, mean = (truth.var(-1) + 1e-6).sqrt(), truth.mean(-1)        # [B * N]
+        prediction = prediction * spread.view(*prediction.shape[:2], 1) \
+            + mean.view(*prediction.shape[:2], 1)
+        stripes = (torch.arange(unit, device=mean.device) * 4 // unit % 2 * 2 - 1)[:, None]
+        split_units(borrowed, unit)[where] = mean.view(-1, 1, 1, 1) + spread.view(-1, 1, 1, 1) \
+            * stripes
     split_units(filled, unit)[where] = prediction.reshape(-1, 3, unit, unit)
-    mean, std = pixel_statistics(state.device)
-    rows = torch.cat([x * std + mean for x in (pixels, seen, filled)], 3)   # [B, 3, S, 3 S]
-    rows = rows.clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).flatten(0, 1)
-    picture = Image.fromarray(rows.cpu().numpy())
-    zoom = max(1, 384 // picture.width)
-    picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST).save(path)
+    mean, std = pixel_statistics(images.device)
+    return [(x * std + mean).clamp(0, 1).mul(255).byte() for x in (pixels, seen, filled, borrowed)]
+
+
+def picture(model, dataset, path, state, count=8):
+    """A row for each of a few validation photos: input, what the encoder saw, reconstruction."""
+    model.eval()
+    count = min(count, len(dataset))
+    ids = [i * len(dataset) // count for i in range(count)]                 # from all over the set
+    images, layout = collate_pretraining(model.glid.config, [dataset[(0, i)] for i in ids])
+    panels = fill(model, images.to(state.device), layout.to(state.device))[:3]
+    model.train()
+    rows = [draw.beside([draw.canvas(x.cpu(), draw.SAMPLE)[0] for x in row])
+            for row in zip(*panels)]
+    draw.save(draw.below(rows), path)
 
 
 def conclude(model, val, args, state, step, best, optimizer, log):
@@ -202,6 +213,7 @@ def main(args):
                     best = conclude(model, val, args, state, step, best, optimizer, log)
     state.say(f"validation error {best:.4f} after {step} steps; {args.out}/best.pt, "
               f"{args.out}/samples/{step:06d}.png")
+    state.say(training.how_to_ask(args))
     return {"loss": best, "step": step}
 
 

@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -537,6 +538,11 @@ def compiles(wanted, state):
             state.say(f"not compiled: {(error or 'another process cannot')[:120]}")
             wanted = False
     return bool(wanted)
+
+
+def how_to_ask(args):
+    """The command that shows a trained model at work."""
+    return f"python predict.py {shlex.quote(str(Path(args.out, 'best.pt')))} YOURPHOTO"
 
 
 # -----------------------------------------------------------------------------

@@ -102,6 +102,28 @@ def read_image(path, upright=True):
         return to_tensor(turned(image, orientation(image)) if upright else image, path)
 
 
+def as_photo(photo):
+    """A path, PIL image, uint8 array [H, W, 3] or [H, W], or tensor [3, H, W] -> uint8 [3, H, W],
+    upright, the channels of a pixel side by side, as files.read_image has them."""
+    name = "photo"
+    if isinstance(photo, str | Path):
+        name, photo = photo, read_image(photo)
+    elif isinstance(photo, Image.Image):
+        photo = to_tensor(turned(photo, orientation(photo)), name)
+    elif isinstance(photo, np.ndarray):
+        photo = torch.from_numpy(np.ascontiguousarray(photo))
+        photo = photo.permute(2, 0, 1) if photo.ndim == 3 else photo.expand(3, -1, -1)
+    if not torch.is_tensor(photo) or photo.dtype != torch.uint8 or photo.ndim != 3 \
+            or len(photo) != 3:
+        raise InputError(f"{name}: not a photo; give a path, a PIL image, uint8 [H, W, 3] numpy or "
+                         "uint8 [3, H, W] torch")
+    if min(photo.shape[1:]) < 2:
+        raise InputError(f"{name}: {photo.shape[1]} x {photo.shape[2]} pixels show nothing; give a "
+                         "larger photo")
+    refuse_thin(photo, name)
+    return photo.cpu().permute(1, 2, 0).contiguous().permute(2, 0, 1)
+
+
 def read_view(path, choose, size):
     """The photo, upright and no larger than needed, and the view of it that choose(H, W) -> (top,
     left, height, width) asks for, in its pixels.
@@ -186,14 +208,14 @@ def read_lines(path):
     return text.splitlines()
 
 
-def list_images(folder, suffixes=SUFFIXES):
-    """All images below a folder, nested or flat, sorted by path."""
+def list_images(folder, suffixes=SUFFIXES, flag="--data "):
+    """All images below a folder, nested or flat, sorted by path; flag: what an error names."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"--data {folder}: no such folder")
+        raise InputError(f"{flag}{folder}: no such folder")
 
     def stop(error):
-        raise InputError(f"--data {error.filename}: cannot be read ({error.strerror})")
+        raise InputError(f"{flag}{error.filename}: cannot be read ({error.strerror})")
     found, visited, passed = [], set(), Counter()
     for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         if os.path.realpath(root) in visited:               # a link back up: do not go round
@@ -207,7 +229,7 @@ def list_images(folder, suffixes=SUFFIXES):
     others = ", ".join(f"{n} {suffix}" for suffix, n in passed.most_common())
     if not found:
         jpeg = "; JPEG changes the values of a label map" * ("jp" in others and ".png" in suffixes)
-        raise InputError(f"--data {folder}: no images in it ({' '.join(sorted(suffixes))})"
+        raise InputError(f"{flag}{folder}: no images in it ({' '.join(sorted(suffixes))})"
                          + f", but {others}: convert them{jpeg}" * bool(others))
     if others and suffixes is SUFFIXES:
         note(f"note: {folder}: {others} are passed over; convert them to be read")
@@ -304,10 +326,16 @@ def read_photo(path, size, habit=lambda: True):
             raise InputError(f"{path}: the photo has {found[0]} x {found[1]} pixels, its annotation"
                              f" is for {size[0]} x {size[1]}")
         photo = to_tensor(turned(image, number) if upright else image, path)
-    if max(size) > LONGEST * min(size):
-        raise InputError(f"{path}: {size[0]} x {size[1]} pixels, a side more than {LONGEST} times "
-                         "the other; crop or remove it")
+    refuse_thin(photo, path)
     return photo
+
+
+def refuse_thin(photo, path):
+    """Stop at a photo [3, H, W] that has a side many times as long as the other."""
+    height, width = photo.shape[1:]
+    if max(height, width) > LONGEST * min(height, width):
+        raise InputError(f"{path}: {height} x {width} pixels, a side more than {LONGEST} times the "
+                         "other; crop or remove it")
 
 
 def limit_classes(path, names):

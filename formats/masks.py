@@ -37,6 +37,27 @@ def decompressed(text):
     return runs
 
 
+def to_runs(mask):
+    """bool [height, width] -> run lengths of 0s, 1s, 0s, ... down the columns, as from_runs reads
+    them: list of ints."""
+    pixels = np.asarray(mask, bool).T.ravel()
+    ends = np.flatnonzero(np.diff(pixels, prepend=False))
+    return np.diff(ends, prepend=0, append=pixels.size).tolist()
+
+
+def compressed(runs):
+    """Run lengths -> COCO's string, what `decompressed` reads: str."""
+    text = []
+    for i, value in enumerate(runs):
+        value -= runs[i - 2] if i > 2 else 0
+        more = True
+        while more:
+            five, value = value & 31, value >> 5            # Python's shift keeps the sign
+            more = value != (-1 if five & 16 else 0)
+            text.append(chr(48 + five + 32 * more))
+    return "".join(text)
+
+
 def from_polygon(points, height, width):
     """Corners x0 y0 x1 y1 ... in pixels -> bool [height, width], even-odd.
 

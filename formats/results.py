@@ -1,0 +1,116 @@
+"""
+Answers of a network -> the official result formats, with the numbers that the data set's files use.
+
+    detections.json, instances.json, keypoints.json     COCO's results, for pycocotools' loadRes
+    semantic/NAME.png                                   label maps, the data set's own values
+    panoptic.json, panoptic/NAME.png                    COCO's panoptic format, for panopticapi
+    depth/NAME.png                                      16 bits, millimetres; 0 = nothing
+
+Every file is written under another name and renamed: it is there as a whole or not at all.
+"""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import draw
+from formats.coco import an_id
+from formats.files import list_images, read_json
+from formats.masks import compressed, to_runs
+
+DEEPEST = 65534                         # mm: 65535 means "not measured" to many tools and to ours
+
+
+def find(images):
+    """Files and folders -> [(path of a photo, name of its outputs)]; names are all different, and
+    none would overwrite a photo."""
+    pairs = []
+    for image in map(Path, images):
+        if image.is_dir():
+            pairs += [(p, p.relative_to(image)) for p in list_images(image, flag="")]
+        else:
+            pairs.append((image, Path(image.name)))
+    taken, found = set(), []
+    for path, name in pairs:
+        stem = name.with_suffix("").as_posix()
+        names = (stem, name.as_posix(), *(f"{stem}-{n}" for n in range(2, len(pairs) + 2)))
+        name = next(n for n in names if n.lower() not in taken)
+        taken.add(name.lower())
+        found.append((path, name))
+    return found
+
+
+def image_ids(paths, file=None):
+    """The id of each photo in result files.
+
+    file: a COCO annotation file, whose "images" say the ids; the others, and all without it, get
+    the number that their name is, as COCO's do (000000000139.jpg is 139), else the name.
+    """
+    listed = {}
+    if file:
+        for entry in read_json(file, ["images"])["images"]:
+            if "id" in entry and isinstance(entry.get("file_name"), str):
+                listed[Path(entry["file_name"].replace("\\", "/")).name] = an_id(entry["id"])
+    plain = [int(p.stem) if p.stem.isascii() and p.stem.isdecimal() else p.name for p in paths]
+    return [listed.get(p.name, own) for p, own in zip(paths, plain)]
+
+
+def write_json(content, path):
+    """Plain types -> JSON file, as a whole or not at all."""
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def entries(model, answer, image, name, out):
+    """One photo's answer -> {name of a JSON file: its entries}; PNGs are written below `out`.
+
+    model: predict.Model; image: the photo's id; name: path of its PNGs without the ending.
+    """
+    ids, found = model.category_ids, {}
+    if "boxes" in answer and model.task == "detection":
+        corner = answer["boxes"].double()
+        sides = [*corner[:, :2].T.tolist(), *(corner[:, 2:] - corner[:, :2]).T.tolist()]
+        found["detections"] = [
+            dict(image_id=image, category_id=ids[k], bbox=list(box), score=score) for k, box, score
+            in zip(answer["labels"].tolist(), zip(*sides), answer["scores"].tolist())]
+    if "masks" in answer:
+        found["instances"] = [
+            dict(image_id=image, category_id=ids[k], score=score, segmentation=dict(
+                size=list(mask.shape), counts=compressed(to_runs(mask.numpy()))))
+            for k, score, mask in zip(answer["labels"].tolist(), answer["scores"].tolist(),
+                                      answer["masks"])]
+    if "keypoints" in answer:
+        found["keypoints"] = [
+            dict(image_id=image, category_id=ids[0], keypoints=joints, score=score)
+            for joints, score in zip(answer["keypoints"].flatten(1).tolist(),
+                                     answer["scores"].tolist())]
+    if "semantic" in answer:
+        values = np.array(ids, np.uint8 if max(ids) < 256 else np.uint16)
+        draw.save(Image.fromarray(values[answer["semantic"].numpy()]), out / f"semantic/{name}.png")
+    if "panoptic" in answer:
+        found["panoptic"] = [segments(model, answer, image, name, out)]
+    if "depth" in answer:
+        millimetres = (answer["depth"].double() * 1000).round().clamp(1, DEEPEST)
+        draw.save(Image.fromarray(millimetres.numpy().astype(np.uint16)), out / f"depth/{name}.png")
+    return found
+
+
+def segments(model, answer, image, name, out):
+    """Write the PNG of a panoptic answer; returns its entry of the JSON file.
+
+    The colour of a pixel is the number of its segment, R + 256 G + 65536 B. Numbers far from each
+    other are colours that can be told apart: an odd factor, modulo 2^24, keeps them different.
+    """
+    number = lambda k: k * 0x9E3779B1 % 2 ** 24
+    table = np.array([number(k) for k in range(int(answer["panoptic"].max()) + 1)], np.int64)
+    digits = table[answer["panoptic"].numpy()][..., None] // (1, 256, 65536) % 256
+    draw.save(Image.fromarray(digits.astype(np.uint8)), out / f"panoptic/{name}.png")
+    return dict(image_id=image, file_name=f"{name}.png", segments_info=[
+        dict(id=number(k), category_id=model.category_ids[label])
+        for k, label in answer["segments"].tolist()])

@@ -1,0 +1,350 @@
+"""
+Ask a trained model about photos: pictures, and with --json the numbers in the official formats.
+
+    python predict.py out/detection/best.pt photo.jpg holiday/ --out out/predict
+    python predict.py out/pose/best.pt photo.jpg --detector out/detection/best.pt
+    python predict.py out/pretrain/best.pt photo.jpg --attention
+Any checkpoint of pretrain.py or finetune_*.py, any photos or folders of them. From Python:
+
+    from predict import load
+    model = load("out/detection/best.pt")
+    answer = model("photo.jpg")             # a list of photos gives a list of answers
+
+The checkpoint says what the model is, and the answers are those that --eval of its script grades:
+the same scaling, the same thresholds, the same functions. See docs/predict.md.
+"""
+import argparse
+import contextlib
+import signal
+import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision import tv_tensors
+from tqdm import tqdm
+
+import checkpoints
+import data
+import draw
+import finetune_depth
+import finetune_det
+import finetune_pose
+import finetune_seg
+import pictures
+import pose
+import pretrain
+import training
+from attention import attention
+from formats import results as resultfiles
+from formats.files import InputError, as_photo
+from model import Config, DepthEstimator, Detector, PoseEstimator, Pretrainer, Segmenter
+
+# the flag that only one script has -> what its checkpoints do, and the script
+SCRIPTS = {"mask_ratio": ("pretraining", pretrain), "many_queries": ("detection", finetune_det),
+           "tasks": ("segmentation", finetune_seg), "max_depth": ("depth", finetune_depth),
+           "sigma": ("pose", finetune_pose)}
+THRESHOLD = 0.3                         # objects and persons less sure are not drawn
+LONGEST = 2048                          # px: larger photos are shrunk before depth looks at them
+
+
+def load(path, device="auto", detector=None, threshold=THRESHOLD, longest=LONGEST):
+    """A checkpoint of ours, ready to be asked about photos: Model.
+
+    device: "auto" (CUDA if there is any), "cpu", "cuda", "mps"; detector: for pose, a detection
+    checkpoint that finds the persons, those at least `threshold` sure; longest: for depth, which
+    sees whole photos, px to which a longer side is shrunk. Raises InputError with one line.
+    """
+    return Model(path, device, detector, threshold, longest)
+
+
+class Model:
+    """A network and what its checkpoint says about it.
+
+    task: "pretraining", "detection", "segmentation", "depth" or "pose"; classes: their names;
+    category_ids: what the data set's files call them; things: number of classes that are things;
+    joints: their names; args: the flags of training; network: the torch module.
+    """
+
+    def __init__(self, path, device, detector, threshold, longest):
+        checkpoint = checkpoints.read(path, "checkpoint")
+        flags = checkpoint.get("args", {})
+        found = [v for k, v in SCRIPTS.items() if k in flags]
+        if len(found) != 1:
+            raise InputError(f"checkpoint {path}: does not say which script wrote it; give a "
+                             "best.pt or last.pt of pretrain.py or finetune_*.py")
+        self.task, script = found[0]
+        # flags that the script got later have their defaults
+        default = training.parse(script.flags(), {}, ["--data", "x", "--preset", flags["preset"]])
+        self.args = argparse.Namespace(**vars(default) | flags)
+        self.classes = checkpoint.get("classes", [])
+        self.joints, self.things = checkpoint.get("joints", []), checkpoint.get("things", 0)
+        # checkpoints of pose did not always say whose joints they find: COCO's persons
+        self.kinds = checkpoint.get("kinds", ["person"])
+        self.category_ids = checkpoint.get("category_ids", [1])
+        where = training.pick_device(device)
+        self.state = training.Run(where, dtype=training.precision(where)[0])
+        self.network = network(self, Config(**checkpoint["config"]), checkpoint["model"])
+        try:
+            self.network.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:
+            raise InputError(f"checkpoint {path}: its weights do not fit what it says about itself "
+                             f"({str(error).splitlines()[-1].strip()[:120]})") from None
+        self.network.to(where).eval()
+        self.longest, self.threshold = longest, threshold
+        self.detector = self.persons = None
+        if detector:
+            self.use(detector, device)
+        # a GPU works best on several photos; on a CPU they would only take memory
+        self.batch_size = 8 if where.type == "cuda" else 1
+
+    def use(self, path, device):
+        """Let a detection checkpoint find the persons."""
+        self.detector = load(path, device)
+        if self.task != "pose" or self.detector.task != "detection":
+            raise InputError(f"--detector {path}: finds persons for a pose checkpoint, by a "
+                             f"detection checkpoint; these are {self.task} and "
+                             f"{self.detector.task}")
+        kinds = {str(k).lower() for k in self.kinds}
+        names = [str(n).lower() for n in self.detector.classes]
+        self.persons = torch.tensor([k for k, name in enumerate(names) if name in kinds])
+        if not len(self.persons):
+            raise InputError(f"--detector {path}: finds no {' or '.join(sorted(kinds))}, only "
+                             f"{', '.join(names)[:200]}")
+
+    def __call__(self, photos, boxes=None):
+        """A photo -> its answer; a list of photos -> a list of answers.
+
+        A photo is a path, a PIL image, uint8 [H, W, 3] or [H, W] numpy, or uint8 [3, H, W] torch.
+        boxes: for pose, the persons, [P, 4] x1 y1 x2 y2 in the photo's pixels, or a list of such.
+        An answer is a dict of CPU tensors in the photo's pixels (docs/predict.md): boxes [D, 4],
+        scores [D], labels [D]; masks bool [D, H, W]; semantic uint8 [H, W]; panoptic int32 [H, W]
+        and segments int64 [S, 2] = id, label; depth float [H, W] metres; keypoints [P, J, 3] = x,
+        y, score; names: list of str, of the objects, segments or joints.
+        Raises InputError if a photo cannot be read.
+        """
+        if not isinstance(photos, list | tuple):
+            return self([photos], None if boxes is None else [boxes])[0]
+        boxes, found = boxes or [None] * len(photos), []
+        for first in range(0, len(photos), self.batch_size):
+            part = slice(first, first + self.batch_size)
+            found += self.ask([as_photo(p) for p in photos[part]], boxes[part])
+        return found
+
+    @torch.no_grad()
+    def ask(self, photos, boxes):
+        """uint8 photos [3, H, W] of any sizes, side by side -> their answers, see __call__."""
+        if self.task == "pose":
+            return [self.joints_of(*pair) for pair in zip(photos, boxes)]
+        images, layout = self.inputs(photos)
+        sizes = [tuple(p.shape[1:]) for p in photos]
+        if self.task == "pretraining":
+            panels = pretrain.fill(self.network, images.to(self.state.device),
+                                   layout.to(self.state.device))
+            names = ("input", "seen", "reconstruction", "borrowed")
+            return [dict(zip(names, (p.cpu() for p in row))) for row in zip(*panels)]
+        if self.task == "detection":
+            found = finetune_det.predict(self.network, images, layout, sizes, self.state)
+        elif self.task == "depth":
+            found = [{"depth": d} for d in finetune_depth.predict(
+                self.network, images, layout, sizes, self.state, not self.args.overfit)]
+        else:
+            found = [self.flat(f) for f in finetune_seg.predict(
+                self.network, images, layout, sizes, self.args, self.things, self.state)]
+        for answer in found:
+            if "labels" in answer:
+                answer["names"] = [self.classes[k] for k in answer["labels"].tolist()]
+        return found
+
+    def flat(self, found):
+        """finetune_seg's answers by task -> one dict; their keys differ."""
+        answer = {"semantic": found["semantic"]} if "semantic" in found else {}
+        if "panoptic" in found:
+            ids, classes = found["panoptic"]
+            pairs = torch.tensor(list(classes.items()), dtype=torch.int64).view(-1, 2)
+            answer |= {"panoptic": ids, "segments": pairs,
+                       "segment_names": [self.classes[k] for k in classes.values()]}
+        return answer | found.get("instance", {})
+
+    def inputs(self, photos):
+        """uint8 photos [3, H, W] -> images as the network gets them at test, and their layout."""
+        size, config = getattr(self.args, "size", None), self.network.glid.config
+        photos = [tv_tensors.Image(p) for p in photos]
+        if self.task == "pretraining":
+            a = self.args                       # every photo gets the same mask, the seed's first
+            samples = [data.Pretraining(Only(p), False, config.image_size, config.unit, a.mask,
+                                   a.mask_ratio, a.seed)[0, 0] for p in photos]
+            return data.collate_pretraining(config, samples)
+        if self.task == "detection":
+            photos = [data.detection_transform(False, size)(p) for p in photos]
+        elif self.task == "segmentation":
+            scale = data.segmentation_transform(False, size)
+            photos = [scale({"image": p})["image"] for p in photos]
+        elif self.longest:
+            photos = [data.shrunk(p, self.longest) for p in photos]
+        return data.collate(config, [{"image": p} for p in photos])[:2]
+
+    def joints_of(self, photo, boxes):
+        """The pose of the persons in a photo uint8 [3, H, W].
+
+        boxes: [P, 4], or (boxes, scores [P]); None: whom the detector finds, or without one the
+        whole photo as one person.
+        """
+        boxes, scores = boxes if isinstance(boxes, tuple) else (boxes, None)
+        if boxes is None and self.detector:
+            found = self.detector.ask([photo], [None])[0]
+            keep = torch.isin(found["labels"], self.persons) & (found["scores"] >= self.threshold)
+            boxes, scores = found["boxes"][keep], found["scores"][keep].double().numpy()
+        elif boxes is None:
+            boxes = [[0, 0, photo.shape[2], photo.shape[1]]]
+        boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+        crops, back, area = pose.views(photo, boxes, *self.args.size)
+        flip = pose.flip_order(self.joints, self.args.flip_pairs)
+        at, sure = finetune_pose.predict(self.network, crops, self.args, self.state, flip)
+        scores = np.ones(len(boxes)) if scores is None else np.asarray(scores)
+        found = finetune_pose.answer(dict(back=back, area=area, scores=scores), at, sure,
+                                     pose.oks_sigmas(self.joints))
+        return {"keypoints": torch.from_numpy(found["keypoints"]),
+                "scores": torch.from_numpy(found["scores"]),
+                "boxes": torch.from_numpy(boxes[found["kept"]]), "names": list(self.joints)}
+
+
+class Only:
+    """One photo as a source of data.Pretraining."""
+
+    def __init__(self, photo):
+        self.photo = photo
+
+    def view(self, index, choose, size):
+        return self.photo, choose(*self.photo.shape[1:])
+
+
+def network(model, config, weights):
+    """The module that a checkpoint's weights belong to."""
+    args, count = model.args, lambda name: len(weights[name])
+    if model.task == "pretraining":
+        return Pretrainer(config, args.norm_pix)
+    if model.task == "detection":
+        return Detector(config, len(model.classes), args.queries, args.many_queries)
+    if model.task == "depth":
+        return DepthEstimator(config, args.queries, args.min_depth, args.max_depth)
+    if model.task == "pose":
+        return PoseEstimator(config, len(model.joints))
+    return Segmenter(config, {t: count(f"heads.{t}.offsets") for t in args.tasks},
+                     {t: count(f"heads.{t}.classify.bias") - 1 for t in args.tasks})
+
+
+# -----------------------------------------------------------------------------
+# The command line
+
+
+def flags():
+    parser = training.Parser(__doc__)
+    add = parser.add_argument
+    add("checkpoint", help="best.pt or last.pt of a run")
+    add("images", nargs="+", metavar="IMAGE", help="photos, or folders of them")
+    add("--out", default="out/predict", help="folder of the pictures")
+    add("--json", action="store_true", help="also write the numbers in the official formats")
+    add("--ids", help="COCO annotation file that says the photos' ids (default: their names)")
+    add("--boxes", help="pose: the persons, COCO's results format (JSON)")
+    add("--detector", help="pose: a detection checkpoint that finds the persons")
+    add("--threshold", type=training.number(float, 0, 1), default=THRESHOLD,
+        help="objects and persons less sure are not drawn; --detector: not asked about")
+    add("--attention", action="store_true", help="also draw where queries look (Figure 4)")
+    add("--queries", type=lambda text: [training.COUNT(n) for n in text.split(",")],
+        help="--attention: their numbers, as 3,17 (default: the surest)")
+    add("--longest", type=training.PIXELS, default=LONGEST, help="depth: longer photos are shrunk "
+        "to this, px")
+    add("--batch-size", type=training.POSITIVE, help="photos at a time (default: 8 on a GPU)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    return parser
+
+
+def read(path):
+    """-> (photo uint8 [3, H, W], None), or (None, what is wrong with it)."""
+    try:
+        return as_photo(path), None
+    except InputError as error:
+        return None, str(error)
+
+
+def ahead(function, items, pool, count):
+    """function(item) for each item in order, `count` of them under way in the background."""
+    items = iter(items)
+    waiting = deque(pool.submit(function, i) for i in islice(items, count))
+    while waiting:
+        result = waiting.popleft().result()
+        waiting.extend(pool.submit(function, i) for i in islice(items, 1))
+        yield result
+
+
+@contextlib.contextmanager
+def stoppable(out):
+    """Ctrl-C within the block ends the program in one line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise training.Stopped(signal.SIGINT, f"stopped; {out} holds the pictures so far") from None
+
+
+def main(args):
+    """Answer all photos; returns the number of photos answered."""
+    model = load(args.checkpoint, args.device, args.detector, args.threshold, args.longest)
+    model.batch_size = args.batch_size or model.batch_size
+    if args.json and model.task == "pretraining":
+        raise InputError("--json: pre-training has no result format; leave it out")
+    if args.boxes and model.task != "pose":
+        raise InputError(f"--boxes: for pose checkpoints; this one is for {model.task}")
+    todo, out = resultfiles.find(args.images), Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; give a folder")
+    ids = resultfiles.image_ids([path for path, _ in todo], args.ids)
+    boxes = data.read_boxes(args.boxes, ids, set(model.category_ids)) if args.boxes else None
+    out.mkdir(parents=True, exist_ok=True)
+    results, broken, begun = {}, [], deque()
+
+    def write(photo, answer, index):
+        name = todo[index][1]
+        draw.save(pictures.show(model, photo, answer, args.threshold), out / f"{name}.png")
+        return resultfiles.entries(model, answer, ids[index], name, out) if args.json else {}
+
+    def collect(left):
+        while len(begun) > left:                    # few at a time: masks are large
+            for name, rows in begun.popleft().result().items():
+                results.setdefault(name, []).extend(rows)
+
+    # one thread reads ahead, one draws and writes what is answered, while the network works
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, stoppable(out), \
+            tqdm(total=len(todo), desc=model.task, file=sys.stdout, mininterval=1) as bar:
+        photos = enumerate(ahead(read, [path for path, _ in todo], reader, model.batch_size + 1))
+        while part := list(islice(photos, model.batch_size)):
+            for _, (_, error) in part:
+                if error:
+                    broken.append(error)
+                    bar.clear()
+                    print(f"skipped: {error}", file=sys.stderr, flush=True)
+            good = [(i, photo) for i, (photo, error) in part if not error]
+            asked = [boxes[i] if boxes else None for i, _ in good]
+            found = model.ask([photo for _, photo in good], asked) if good else []
+            for (i, photo), answer in zip(good, found):
+                if args.attention:
+                    picture = attention(model, photo, answer, args.queries)
+                    draw.save(picture, out / f"{todo[i][1]}-attention.png")
+                begun.append(writer.submit(write, photo, answer, i))
+                collect(1)
+            bar.update(len(part))
+        collect(0)
+    for name, rows in results.items():
+        content = {"annotations": rows} if name == "panoptic" else rows
+        resultfiles.write_json(content, out / f"{name}.json")
+    print(f"{len(todo) - len(broken)} of {len(todo)} photos answered; {out}")
+    if broken:
+        raise InputError(f"{len(broken)} of {len(todo)} photos could not be read; {broken[0]}")
+    return len(todo)
+
+
+if __name__ == "__main__":
+    training.run(main, flags().parse_args())
