@@ -62,7 +62,7 @@ def attention(model, photo, answer, queries=None):
 
 def rows(model, small, photo, answer, asked, queries):
     """attention for one task; small: the photo as it is shown."""
-    net, device, config = model.network, model.state.device, model.network.glid.config
+    net, device, config = model.network, model.run.device, model.network.glid.config
     if model.task == "pose":
         box = answer["boxes"][:1].numpy() if len(answer["boxes"]) else [
             [0, 0, photo.shape[2], photo.shape[1]]]         # the surest person
@@ -74,7 +74,7 @@ def rows(model, small, photo, answer, asked, queries):
         small = images[0]
     more = [asked] if asked else []
     layout = layout.to(device)
-    with recorded(net.glid.decoder) as seen, model.state.autocast():
+    with recorded(net.glid.decoder) as seen, model.run.autocast():
         pixels = normalize(images.to(device))
         raw = bins(net, pixels, layout) if model.task == "depth" else net(pixels, layout, *more)
     said = said_by(model, raw, layout, small)

@@ -19,7 +19,7 @@ from itertools import chain
 
 import torch
 
-from data import InputError, mix
+from data import InputError, derive_seed
 
 
 class Batches:
@@ -34,11 +34,11 @@ class Batches:
     kind of index, the remainder of index / kinds.
     """
 
-    def __init__(self, length, args, state, start, stop, kinds=1):
+    def __init__(self, length, args, run, start, stop, kinds=1):
         self.size, self.accumulate, self.seed = args.batch_size, args.accumulate, args.seed
         self.kinds = kinds
-        self.length, self.state, self.start, self.stop = length, state, start, stop
-        self.total = self.size * state.world * self.accumulate
+        self.length, self.run, self.start, self.stop = length, run, start, stop
+        self.total = self.size * run.world * self.accumulate
 
     def __len__(self):
         return (self.stop - self.start) * self.accumulate
@@ -48,7 +48,7 @@ class Batches:
         for step in range(self.start, self.stop):
             epoch, i = divmod(step, per_epoch)
             if epoch != epoch_of_order:
-                generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+                generator = torch.Generator().manual_seed(derive_seed(self.seed, epoch))
                 order, epoch_of_order = torch.randperm(self.length, generator=generator), epoch
                 if self.kinds > 1:              # first of each kind, second of each kind, ...
                     place = torch.empty_like(order)
@@ -57,38 +57,38 @@ class Batches:
                         place[mine] = torch.arange(int(mine.sum())) * self.kinds + kind
                     order = order[place.argsort()]
             for a in range(self.accumulate):
-                first = i * self.total + (a * self.state.world + self.state.rank) * self.size
+                first = i * self.total + (a * self.run.world + self.run.rank) * self.size
                 yield [(epoch, j) for j in order[first:first + self.size].tolist()]
 
 
-def steps_per_epoch(length, args, state, what):
+def steps_per_epoch(length, args, run, what):
     """Optimiser steps that `length` training samples fill; what: the flag to name if none."""
-    total = args.batch_size * state.world * args.accumulate
+    total = args.batch_size * run.world * args.accumulate
     if length < total:
         raise InputError(f"{what}: {length} training images are fewer than one step takes ({total})"
                          "; lower --batch-size or --accumulate")
     return length // total
 
 
-def schedule(length, args, state):
+def schedule(length, args, run):
     """Steps of the whole run: --steps, else --epochs. Evaluation alone needs no training set."""
     if args.eval:
         return 0
-    per_epoch = steps_per_epoch(length, args, state, f"--data {args.data}")
+    per_epoch = steps_per_epoch(length, args, run, f"--data {args.data}")
     return args.steps or args.epochs * per_epoch
 
 
-def share(length, args, state):
+def share(length, args, run):
     """Index lists of this process for evaluation: every sample once, on exactly one process."""
-    mine = [(0, i) for i in range(state.rank, length, state.world)]
+    mine = [(0, i) for i in range(run.rank, length, run.world)]
     return [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
 
 
-def share_crowded(counts, args, state):
+def share_crowded(counts, args, run):
     """The same for samples of counts[i] persons each: about --batch-size persons a list, so that
     memory is bounded by that and the most crowded photo."""
     lists, persons = [], math.inf
-    for i in range(state.rank, len(counts), state.world):
+    for i in range(run.rank, len(counts), run.world):
         if persons + counts[i] > args.batch_size:
             lists.append([])
             persons = 0
@@ -211,7 +211,7 @@ def end_data_processes():
         process.kill()
 
 
-def loader(dataset, batches, collate, config, args, state):
+def loader(dataset, batches, collate, config, args, run):
     """DataLoader over lists of (epoch, index), of Packed batches collate(config, samples).
 
     The data processes also plan the Layout; their number changes speed, never the samples.
@@ -221,7 +221,14 @@ def loader(dataset, batches, collate, config, args, state):
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, collate_fn=partial(pack, collate, config),
         num_workers=args.workers, prefetch_factor=4 if args.workers else None,
-        pin_memory=state.device.type == "cuda", worker_init_fn=ignore_signals)
+        pin_memory=run.device.type == "cuda", worker_init_fn=ignore_signals)
+
+
+def training_loader(dataset, args, run, start, stop, collate, config, kinds=1):
+    """The micro-batches of steps start..stop-1, see Batches, and the time that waiting for them
+    takes, see Timed. collate(config, samples) makes a batch."""
+    batches = Batches(len(dataset), args, run, start, stop, kinds)
+    return Timed(loader(skip_broken(dataset, args), batches, collate, config, args, run))
 
 
 class Skipping:
@@ -248,7 +255,7 @@ class Skipping:
         raise InputError("no training photo can be read")
 
 
-def forgiving(dataset, args):
+def skip_broken(dataset, args):
     """The training set, Skipping with --on-error skip."""
     return Skipping(dataset) if args.on_error == "skip" else dataset
 

@@ -48,15 +48,15 @@ def read(path, flag):
     return state
 
 
-def inherit(glid, args, state):
+def load_pretrained(glid, args, run):
     """What a fine-tuning starts from: --init-backbone, --init with --load, or nothing."""
     if args.init_backbone:
-        load_backbone(glid, args.init_backbone, state)
+        load_backbone(glid, args.init_backbone, run)
     if args.init:
-        load_parts(glid, args.init, PARTS if args.load is None else args.load.split(","), state)
+        load_parts(glid, args.init, PARTS if args.load is None else args.load.split(","), run)
 
 
-def load_parts(glid, path, parts, state):
+def load_parts(glid, path, parts, run):
     """Copy the named parts of a pre-trained GLID; every tensor of a part must be there and fit."""
     checkpoint = read(path, "--init")
     for part in parts:
@@ -74,13 +74,13 @@ def load_parts(glid, path, parts, state):
                              f"{sorted(bad)[0]}); it was made with --preset "
                              f"{checkpoint.get('preset')} {checkpoint['config']}")
         getattr(glid, part).load_state_dict(found)
-        state.say(f"{part}: loaded {len(found)} of {len(own)} tensors")
+        run.print0(f"{part}: loaded {len(found)} of {len(own)} tensors")
     for part in set(PARTS) - set(parts):
-        state.say(f"{part}: from scratch")
+        run.print0(f"{part}: from scratch")
 
 
-def load_backbone(glid, path, state):
-    """--init-backbone FILE: a Swin's state dict as torchvision, timm or the official repositories
+def load_backbone(glid, path, run):
+    """--init-backbone FILE: a Swin's run dict as torchvision, timm or the official repositories
     (Swin, SimMIM) write it, wrapped or not, of any precision and window."""
     path = path.removeprefix("torchvision:")                # how the flag was once spelled
     if not Path(path).is_file():
@@ -90,7 +90,7 @@ def load_backbone(glid, path, state):
     except pickle.UnpicklingError:
         raise InputError(f"--init-backbone {path}: not written by torch.save (a web page? or "
                          "safetensors?), or it holds more than tensors: then load it where you "
-                         "trust it, torch.load(FILE, weights_only=False), and save the state dict"
+                         "trust it, torch.load(FILE, weights_only=False), and save the run dict"
                          ) from None
     except BROKEN as error:
         raise InputError(f"--init-backbone {path}: not a readable file of weights "
@@ -113,12 +113,12 @@ def load_backbone(glid, path, state):
     rows = next(len(v) for k, v in weights.items() if k.endswith("relative_position_bias_table"))
     window = (round(rows ** 0.5) + 1) // 2                  # of (2 w - 1) ** 2 rows
     resized = f"; its window of {window} resized to {glid.config.window}"
-    state.say(f"backbone: loaded {len(found)} of {len(own)} tensors from {whose}'s Swin"
+    run.print0(f"backbone: loaded {len(found)} of {len(own)} tensors from {whose}'s Swin"
               + resized * (window != glid.config.window))
 
 
 def unwrapped(content):
-    """A file of weights -> its state dict without {"model": ...} or {"state_dict": ...} around it,
+    """A file of weights -> its run dict without {"model": ...} or {"state_dict": ...} around it,
     without the prefixes of wrappers, in fp32."""
     while isinstance(content, dict) and (inner := next(
             (content[k] for k in ("model", "state_dict", "model_state_dict", "module", "model_ema",
@@ -134,14 +134,14 @@ def unwrapped(content):
 
 
 # may differ when a run is resumed; the last five change how it goes on, not what it is
-FREE = {"resume", "eval", "check", "workers", "out", "compile", "device", "save_every",
+CHANGEABLE = {"resume", "eval", "check", "workers", "out", "compile", "device", "save_every",
         "eval_every", "batch_size", "accumulate", "steps", "epochs", "on_error"}
 # without the same, weights mean something else: may not even differ when they are only evaluated
-MEANING = {"preset", "window", "decoder_layers", "tasks", "queries", "many_queries", "min_depth",
+ANSWERS = {"preset", "window", "decoder_layers", "tasks", "queries", "many_queries", "min_depth",
            "max_depth", "norm_pix", "sigma"}
 
 
-def meaning(dataset):
+def answer_names(dataset):
     """What the numbers of a network's answers mean: kept in its checkpoint, compared by resume."""
     found = {k: getattr(dataset, k, ()) for k in ("classes", "category_ids", "joints", "things",
                                                   "kinds")}
@@ -151,7 +151,7 @@ def meaning(dataset):
 def compare(checkpoint, path, args, dataset):
     """Refuse a checkpoint that other flags made or whose answers mean something else."""
     then, now = checkpoint["args"], vars(args)
-    bound = MEANING if args.eval else now.keys() - FREE
+    bound = ANSWERS if args.eval else now.keys() - CHANGEABLE
     changed = [k for k in now if k in bound and then.get(k) != now[k]]
     if changed:
         key, flag = changed[0], changed[0].replace("_", "-")
@@ -160,7 +160,7 @@ def compare(checkpoint, path, args, dataset):
                              "another --out")
         raise InputError(f"--out {path}: was made with --{flag} {then[key]}, not {now[key]}; give "
                          "the same, or another --out")
-    for key, value in meaning(dataset).items():
+    for key, value in answer_names(dataset).items():
         was = checkpoint.get(key, value)
         # ids may differ, if names do not; so may the names of what has the same joints
         if key not in ("category_ids", "kinds") and was != value:
@@ -169,7 +169,7 @@ def compare(checkpoint, path, args, dataset):
                              "classes.txt tells those of label maps)")
 
 
-def resume(args, model, optimizer, state, dataset):
+def resume(args, model, optimizer, run, dataset):
     """Restore OUT/last.pt with --resume, OUT/best.pt with --eval, if the flags and what `dataset`
     means are still the same.
 
@@ -188,25 +188,26 @@ def resume(args, model, optimizer, state, dataset):
     except (RuntimeError, ValueError) as error:
         raise InputError(f"--out {path}: does not fit these flags, made with --preset "
                          f"{checkpoint['preset']} ({str(error).splitlines()[0]})") from None
-    state.say(f"{path}: step {checkpoint['step']}, trained on {checkpoint['args']['data']}")
+    run.print0(f"{path}: step {checkpoint['step']}, trained on {checkpoint['args']['data']}")
     for key in ("steps", "epochs"):
         was, now = checkpoint["args"].get(key), getattr(args, key, None)
         if not args.eval and now and was != now:
-            state.say(f"--{key} {now} now, {was} before")
+            run.print0(f"--{key} {now} now, {was} before")
     return checkpoint["step"], checkpoint["best"], checkpoint.get("due", False)
 
 
-def keep(args, model, optimizer, state, step, best, dataset, is_best=False, due=False):
+def save_checkpoint(args, model, optimizer, run, step, best, dataset, is_best=False,
+                    ungraded=False):
     """Rank 0 writes OUT/last.pt, from which a run resumes, and OUT/best.pt, which holds no
     optimiser. Both know what they are: config, preset, flags, what the dataset means.
-    due: this step's evaluation comes after it, so that a run which dies there begins with it."""
+    ungraded: this step's evaluation comes after it; a run that dies there begins with it."""
     if not all(p.isfinite().all() for p in model.parameters()):     # the same on all processes
         raise FloatingPointError(f"a weight is not finite after step {step}: lower --lr; the "
                                  "last checkpoint is untouched, --resume continues from it")
-    if state.rank == 0:
+    if run.rank == 0:
         content = {"model": model.state_dict(), "step": step, "best": best, "preset": args.preset,
-                   "config": model.glid.config.to_dict(), "args": vars(args), "due": due,
-                   **meaning(dataset)}
+                   "config": model.glid.config.to_dict(), "args": vars(args), "due": ungraded,
+                   **answer_names(dataset)}
         if is_best:
             save(content, Path(args.out, "best.pt"))
         save(content | {"optimizer": optimizer.state_dict()}, Path(args.out, "last.pt"))

@@ -141,4 +141,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="out/curves.png", help="PNG to write")
     parser.add_argument("--metric", type=lambda text: text.split(","), help="names in the logs, "
                         "as mIoU,PQ (default: the first of each run)")
-    training.run(main, parser.parse_args(sys.argv[1:]))
+    training.launch(main, parser.parse_args(sys.argv[1:]))

@@ -44,7 +44,7 @@ from formats.masks import unstack
 from tokens import Layout, row_budget
 
 
-def mix(*numbers):
+def derive_seed(*numbers):
     """One 63-bit seed from several integers; a change of any changes all bits."""
     return random.Random(",".join(map(str, numbers))).getrandbits(63)
 
@@ -53,7 +53,7 @@ def mix(*numbers):
 def seeded(*numbers):
     """torch's CPU generator, which torchvision's transforms use, seeded inside the block only."""
     before = torch.get_rng_state()
-    torch.default_generator.manual_seed(mix(*numbers))      # not torch.manual_seed: GPUs stay
+    torch.default_generator.manual_seed(derive_seed(*numbers))  # GPUs keep theirs
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ import batching
 import checkpoints
 import draw
 import training
-from data import InputError, collate, mix, open_depth
+from data import InputError, collate, derive_seed, open_depth
 from inference import at_original
 from losses import silog_loss
 from metrics import DepthErrors
@@ -81,15 +81,15 @@ def depth_loss(depth, targets, patch, min_depth=0.0, max_depth=math.inf):
 
 
 @torch.no_grad()
-def predict(model, images, layout, originals, state, mirror=True):
+def predict(model, images, layout, originals, run, mirror=True):
     """uint8 images [B, 3, H, W] -> list of depth maps [H0, W0] in metres at the original sizes; the
     mean of what the model says about the photo and, with mirror, about its mirror image."""
     sizes, patch = layout.sizes.tolist(), model.glid.config.patch
-    layout = layout.to(state.device)
+    layout = layout.to(run.device)
 
     def answers(batch):
-        with state.autocast():
-            depth = model(normalize(batch.to(state.device)), layout)
+        with run.autocast():
+            depth = model(normalize(batch.to(run.device)), layout)
         # already within --min-depth .. --max-depth, as all bins are: nothing to clamp
         return [at_original(d[None], size, patch, original, align_corners=True)[0].cpu()
                 for d, size, original in zip(depth, sizes, originals)]
@@ -115,20 +115,20 @@ def graded(shape, args):
     return window
 
 
-def evaluate(model, dataset, args, state, path=None):
+def evaluate(model, dataset, args, run, path=None):
     """Depth errors over the validation set, every image once on one process; picture of the first.
 
     Returns the dict of REPORTED, each the mean of the images' own values, and their number.
     """
     model.eval()
     metric, rows = DepthErrors(args.min_depth, args.max_depth), []
-    batches = batching.share(len(dataset), args, state)
-    loader = batching.loader(dataset, batches, collate, model.glid.config, args, state)
+    batches = batching.share(len(dataset), args, run)
+    loader = batching.loader(dataset, batches, collate, model.glid.config, args, run)
     for batch in loader:
         images, layout, targets = batch.to("cpu")
         truths, sizes = [t["depth"] for t in targets], layout.sizes.tolist()
         # --overfit augments nothing, here as little as in training: mirror images were never seen
-        found = predict(model, images, layout, [t.shape for t in truths], state, not args.overfit)
+        found = predict(model, images, layout, [t.shape for t in truths], run, not args.overfit)
         for image, size, truth, guess in zip(images, sizes, truths, found):
             metric.update(guess.numpy(), truth.numpy(), graded(truth.shape, args))
             if len(rows) < 8:
@@ -137,16 +137,16 @@ def evaluate(model, dataset, args, state, path=None):
                          draw.depth_map(guess, low, high))
                 rows.append(draw.beside([draw.canvas(x, draw.SAMPLE)[0] for x in shown]))
     model.train()
-    if path and state.rank == 0:
+    if path and run.rank == 0:
         draw.save(draw.below(rows), path)
-    errors = state.merged(metric).result()
+    errors = run.merged(metric).result()
     if not errors["images"]:
         raise InputError(f"--data {args.data}: no validation image has a pixel with a depth between"
                          f" --min-depth {args.min_depth} and --max-depth {args.max_depth} metres")
     return {name: errors[name] for name in (*REPORTED, "images")}
 
 
-def build(args, state):
+def build(args, run):
     """The model with its inherited parts; the head and the e_i are always new."""
     if args.min_depth >= args.max_depth:
         raise InputError(f"--min-depth {args.min_depth}: must be below --max-depth "
@@ -154,22 +154,22 @@ def build(args, state):
     torch.manual_seed(args.seed)
     model = DepthEstimator(training.model_config(args), args.queries, args.min_depth,
                            args.max_depth)
-    checkpoints.inherit(model.glid, args, state)
-    return model.to(state.device)
+    checkpoints.load_pretrained(model.glid, args, run)
+    return model.to(run.device)
 
 
 def words(errors):
     return ", ".join(f"{name} {errors[name]:.4f}" for name in REPORTED)
 
 
-def conclude(model, val, args, state, step, best, optimizer, log):
+def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
     """Evaluate, draw, save. Returns the errors of the best checkpoint so far, lowest REL first."""
     path = Path(args.out, "samples", f"{step:06d}.png")
-    errors = evaluate(model, val, args, state, path)
+    errors = evaluate(model, val, args, run, path)
     log.write(step=step, **errors)
     is_best = best is None or not errors["REL"] > best["REL"]          # the first one even if NaN
     best = errors if is_best else best
-    checkpoints.keep(args, model, optimizer, state, step, best, val, is_best)
+    checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val, is_best)
     return best
 
 
@@ -190,74 +190,81 @@ def spread(source, args):
 
 def main(args):
     """Train; returns the errors of the best checkpoint, see evaluate, and "step"."""
-    state = training.start(args)
+    run = training.start(args)
     train, val = open_depth(args.data, *args.crop, args.data_fraction, args.seed, args.overfit,
                             not args.no_flip, on_error=args.on_error, depth_scale=args.depth_scale)
-    if state.rank == 0:
-        state.say(spread(train.source, args))
-    survey(args, train, val, state)
+    if run.rank == 0:
+        run.print0(spread(train.source, args))
+    survey(args, train, val, run)
     graded(val[(0, 0)]["depth"].shape, args)            # complain before the training, not after
-    model = build(args, state)
+    model = build(args, run)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
-    step, best, due = checkpoints.resume(args, model, optimizer, state, val)
-    if args.eval or (step >= args.steps and not due):
-        errors = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))
-        state.say(f"{words(errors)} of {errors['images']} images, step {step}")
+    step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)
+    if args.eval or (step >= args.steps and not ungraded):
+        errors = evaluate(model, val, args, run, Path(args.out, "samples", "eval.png"))
+        run.print0(f"{words(errors)} of {errors['images']} images, step {step}")
         return errors | {"step": step}
-    batching.steps_per_epoch(len(train), args, state, f"--data {args.data}")
-    total_batch = args.batch_size * state.world * args.accumulate
-    training.describe(state, model, train, val, total_batch, args.steps, args.lr)
+    batching.steps_per_epoch(len(train), args, run, f"--data {args.data}")
+    total_batch = args.batch_size * run.world * args.accumulate
+    training.describe(run, model, train, val, total_batch, args.steps, args.lr)
 
-    training.compile_blocks(model, args, state)
-    ddp = state.wrap(model)
-    batches = batching.Batches(len(train), args, state, step, args.steps)
-    loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,
-                                            model.glid.config, args, state))
-    log = training.Log(args, state, step, due)
-    with training.Progress(step, args.steps, "depth", loader, state, total_batch) as bar:
+    training.compile_blocks(model, args, run)
+    ddp = run.wrap(model)                               # averages gradients over the processes
+    loader = batching.training_loader(train, args, run, step, args.steps, collate,
+                                      model.glid.config)
+    log = training.Log(args, run, step, ungraded)
+    with training.Progress(step, args.steps, "depth", loader, run, total_batch) as bar:
         model.train()
-        if due:                                     # the run ended before it was evaluated
+        if ungraded:                                # the run ended before this evaluation
             with bar.evaluation():
-                best = conclude(model, val, args, state, step, best, optimizer, log)
+                best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
         while step < args.steps:
-            torch.manual_seed(mix(args.seed, step, state.rank))    # drop path
+            # What is random in a step is a function of (seed, step, rank): drop path. So a
+            # resumed run repeats it, and the samples are chosen in the same way.
+            torch.manual_seed(derive_seed(args.seed, step, run.rank))
+
+            # The learning rate is a function of the step: up for 30 % of the run, then down.
             lr = args.lr * training.one_cycle(step, args.steps)
             training.set_lr(optimizer, lr)
+
+            # Forward, loss, backward. Mean and variance of g in the loss are those of the images of
+            # this process, as in BinsFormer: the gradients of n processes average to others than
+            # those of one with n times the batch.
             for micro in range(args.accumulate):
-                images, layout, targets = state.fetch(loader)
-                with state.no_sync(ddp, last=micro + 1 == args.accumulate):
-                    with state.autocast():
-                        depth = ddp(images, layout)
-                    # mean and variance of g are those of this process's images alone, as in
-                    # BinsFormer: the gradients of n processes average to others than those of one
-                    # with n times the batch
+                images, layout, targets = run.fetch(loader)
+                with run.no_sync(ddp, last=micro + 1 == args.accumulate):
+                    with run.autocast():
+                        depth = ddp(images, layout)                     # [B, H / 4, W / 4] metres
                     loss = depth_loss(depth, targets, model.glid.config.patch, args.min_depth,
                                       args.max_depth) / args.accumulate
                     loss.backward()
                 bar.add(loss)
+
+            # The gradient's norm is cut, so that one odd batch cannot throw the weights far off.
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
 
-            stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
-            ends = step % args.eval_every == 0 or step == args.steps
-            saves = step % args.save_every == 0
-            if ends or saves or stops or step % 20 == 0:
+            # Now and then: a line of log, a checkpoint, an evaluation, or the end on a signal.
+            due = bar.due(step, args, args.eval_every)
+            if due.log:
                 log.write(step=step, loss=bar.report(step), lr=lr)
-            if ends or saves or stops:              # before the evaluation, which may fail
-                checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
-            if stops:
-                bar.stop(stops)
-            if ends:
+            if due.save:
+                checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val,
+                                            ungraded=due.evaluate)
+            if due.stop:                            # Ctrl-C, or a cluster's SIGTERM
+                bar.stop(due.stop)
+            if due.evaluate:
                 with bar.evaluation():
-                    best = conclude(model, val, args, state, step, best, optimizer, log)
-    state.say(f"best of {step} steps: {words(best)}; {args.out}/samples/{step:06d}.png")
-    state.say(training.how_to_ask(args))
+                    best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
+
+    run.print0(f"best of {step} steps: {words(best)}; {args.out}/samples/{step:06d}.png")
+    run.print0(training.how_to_ask(args))
     return best | {"step": step}
 
 
 if __name__ == "__main__":
-    training.run(main, training.parse(flags(), PRESETS))
+    training.launch(main, training.parse(flags(), PRESETS))

@@ -20,7 +20,7 @@ import batching
 import checkpoints
 import draw
 import training
-from data import collate, mix, open_detection
+from data import collate, derive_seed, open_detection
 from inference import detection_inference
 from losses import detection_loss
 from metrics import AveragePrecision
@@ -61,24 +61,24 @@ def flags():
 
 
 @torch.no_grad()
-def predict(model, images, layout, originals, state):
+def predict(model, images, layout, originals, run):
     """uint8 images [B, 3, H, W] -> list of detections in the pixels of the photos, on the CPU."""
-    with state.autocast():
-        logits, boxes = model(normalize(images.to(state.device)), layout.to(state.device))
+    with run.autocast():
+        logits, boxes = model(normalize(images.to(run.device)), layout.to(run.device))
     return [{k: v.cpu() for k, v in detection_inference(*answer).items()}
             for answer in zip(logits[-1], boxes[-1], originals)]
 
 
-def evaluate(model, dataset, args, state, path=None):
+def evaluate(model, dataset, args, run, path=None):
     """COCO box AP over the whole validation set; picture of the first images."""
     model.eval()
     metric, rows = AveragePrecision("box", range(len(dataset.classes))), []
-    batches = batching.share(len(dataset), args, state)
-    loader = batching.loader(dataset, batches, collate, model.glid.config, args, state)
+    batches = batching.share(len(dataset), args, run)
+    loader = batching.loader(dataset, batches, collate, model.glid.config, args, run)
     for batch in loader:
         images, layout, targets = batch.to("cpu")
         originals = [t["size"].tolist() for t in targets]
-        found = predict(model, images, layout, originals, state)
+        found = predict(model, images, layout, originals, run)
         for truth, guess in zip(targets, found):
             truth["labels"] = truth.pop("classes")
             metric.update(truth["index"].item(), {k: v.numpy() for k, v in guess.items()},
@@ -87,9 +87,9 @@ def evaluate(model, dataset, args, state, path=None):
                 photo = dataset.source[truth["index"]]["image"]
                 rows.append(drawn(photo, truth, guess, dataset.classes))
     model.train()
-    if path and state.rank == 0:
+    if path and run.rank == 0:
         draw.save(draw.below(rows), path)
-    return state.merged(metric).result()
+    return run.merged(metric).result()
 
 
 def drawn(photo, truth, guess, classes, threshold=0.3):
@@ -101,22 +101,22 @@ def drawn(photo, truth, guess, classes, threshold=0.3):
                         draw.boxes(photo, *found, texts[1], draw.SAMPLE)])
 
 
-def build(args, classes, state):
+def build(args, classes, run):
     """The model with its inherited parts; the heads and the e_i are always new."""
     torch.manual_seed(args.seed)
     model = Detector(training.model_config(args), len(classes), args.queries, args.many_queries)
-    checkpoints.inherit(model.glid, args, state)
-    return model.to(state.device)
+    checkpoints.load_pretrained(model.glid, args, run)
+    return model.to(run.device)
 
 
-def conclude(model, val, args, state, step, best, optimizer, log):
+def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
     """Evaluate, draw, save. Returns the best AP so far."""
     path = Path(args.out, "samples", f"{step:06d}.png")
-    result = evaluate(model, val, args, state, path)
+    result = evaluate(model, val, args, run, path)
     log.write(step=step, **{k: result[k] for k in HEADLINE})
     is_best = best is None or not result["AP"] < best                  # the first one even if NaN
     best = result["AP"] if is_best else best
-    checkpoints.keep(args, model, optimizer, state, step, best, val, is_best)
+    checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val, is_best)
     return best
 
 
@@ -131,71 +131,80 @@ def group_losses(class_logits, boxes, targets, objects, args):
 
 def main(args):
     """Train; returns {"AP": best box AP, "step": steps done}."""
-    state = training.start(args)
+    run = training.start(args)
     train, val = open_detection(args.data, args.size, args.data_fraction, args.overfit, args.seed,
                                 not args.no_flip, on_error=args.on_error)
-    survey(args, train, val, state)
-    model = build(args, train.classes, state)
+    survey(args, train, val, run)
+    model = build(args, train.classes, run)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
-    step, best, due = checkpoints.resume(args, model, optimizer, state, val)
-    steps = batching.schedule(len(train), args, state)
-    if args.eval or (step >= steps and not due):
-        ap = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))["AP"]
-        state.say(f"box AP {100 * ap:.2f} of {len(val)} images, step {step}")
+    step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)
+    steps = batching.schedule(len(train), args, run)
+    if args.eval or (step >= steps and not ungraded):
+        ap = evaluate(model, val, args, run, Path(args.out, "samples", "eval.png"))["AP"]
+        run.print0(f"box AP {100 * ap:.2f} of {len(val)} images, step {step}")
         return {"AP": ap, "step": step}
-    total_batch = args.batch_size * state.world * args.accumulate
-    training.describe(state, model, train, val, total_batch, steps, args.lr)
+    total_batch = args.batch_size * run.world * args.accumulate
+    training.describe(run, model, train, val, total_batch, steps, args.lr)
 
-    training.compile_blocks(model, args, state)
-    ddp = state.wrap(model)
-    batches = batching.Batches(len(train), args, state, step, steps)
-    loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,
-                                            model.glid.config, args, state))
-    log = training.Log(args, state, step, due)
-    with training.Progress(step, steps, "detection", loader, state, total_batch) as bar:
+    training.compile_blocks(model, args, run)
+    ddp = run.wrap(model)                               # averages gradients over the processes
+    loader = batching.training_loader(train, args, run, step, steps, collate,
+                                      model.glid.config)
+    log = training.Log(args, run, step, ungraded)
+    with training.Progress(step, steps, "detection", loader, run, total_batch) as bar:
         model.train()
-        if due:                                     # the run ended before it was evaluated
+        if ungraded:                                # the run ended before this evaluation
             with bar.evaluation():
-                best = conclude(model, val, args, state, step, best, optimizer, log)
+                best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
         while step < steps:
-            torch.manual_seed(mix(args.seed, step, state.rank))            # drop path
+            # What is random in a step is a function of (seed, step, rank): drop path. So a
+            # resumed run repeats it, and the samples are chosen in the same way.
+            torch.manual_seed(derive_seed(args.seed, step, run.rank))
+
+            # The learning rate is a function of the step: a drop to a tenth at 4/5 of the run.
             lr = args.lr * training.multistep(step, steps, [0.8])
             training.set_lr(optimizer, lr)
-            parts = [state.fetch(loader) for _ in range(args.accumulate)]
-            # all divide by the number of objects of the whole step, over micro-steps and processes,
-            # so that the gradient is that of one large batch, however it is split
+
+            # The losses are sums over objects. All micro-steps and processes divide by the objects
+            # of the whole step: the gradient is that of one large batch, however it is split.
+            parts = [run.fetch(loader) for _ in range(args.accumulate)]
             objects = sum(len(t["labels"]) for _, _, targets in parts for t in targets)
-            objects = max(1, state.sum(objects)[0] / state.world)
+            objects = max(1, run.sum(objects)[0] / run.world)
+
+            # Forward, match queries with objects, backward; gradients add up over the micro-steps.
             for micro, (images, layout, targets) in enumerate(parts, 1):
-                with state.no_sync(ddp, last=micro == args.accumulate):
-                    with state.autocast():
+                with run.no_sync(ddp, last=micro == args.accumulate):
+                    with run.autocast():
                         class_logits, boxes = ddp(images, layout, train=True)
                     loss = group_losses(class_logits, boxes, targets, objects, args)
                     loss.backward()
                 bar.add(loss)
+
+            # The gradient's norm is cut, so that one odd batch cannot throw the weights far off.
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
 
-            stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
-            ends = step % args.eval_every == 0 or step == steps
-            saves = step % args.save_every == 0
-            if ends or saves or stops or step % 20 == 0:
+            # Now and then: a line of log, a checkpoint, an evaluation, or the end on a signal.
+            due = bar.due(step, args, args.eval_every)
+            if due.log:
                 log.write(step=step, loss=bar.report(step), lr=lr)
-            if ends or saves or stops:              # before the evaluation, which may fail
-                checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
-            if stops:
-                bar.stop(stops)
-            if ends:
+            if due.save:
+                checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val,
+                                            ungraded=due.evaluate)
+            if due.stop:                            # Ctrl-C, or a cluster's SIGTERM
+                bar.stop(due.stop)
+            if due.evaluate:
                 with bar.evaluation():
-                    best = conclude(model, val, args, state, step, best, optimizer, log)
-    state.say(f"best box AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
-    state.say(training.how_to_ask(args))
+                    best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
+
+    run.print0(f"best box AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
+    run.print0(training.how_to_ask(args))
     return {"AP": best, "step": step}
 
 
 if __name__ == "__main__":
-    training.run(main, training.parse(flags(), PRESETS))
+    training.launch(main, training.parse(flags(), PRESETS))

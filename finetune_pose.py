@@ -24,7 +24,7 @@ import checkpoints
 import draw
 import pose
 import training
-from data import PERSON, InputError, collate, collate_photos, mix, open_pose
+from data import PERSON, InputError, collate, collate_photos, derive_seed, open_pose
 from losses import heatmap_loss
 from metrics import OKS_SIGMAS, AveragePrecision
 from model import PoseEstimator, normalize
@@ -76,16 +76,16 @@ def flags():
 
 
 @torch.no_grad()
-def predict(model, crops, args, state, flip=pose.FLIP):
+def predict(model, crops, args, run, flip=pose.FLIP):
     """uint8 [P, 3, H, W] -> joints [P, J, 2] in crop px and their scores [P, J], fp32 numpy.
 
     At most --batch-size crops are on the device at once, each also in a mirror (flip test).
     """
     joints, scores = [torch.empty(0, len(flip), 2)], [torch.empty(0, len(flip))]
     for start in range(0, len(crops), args.batch_size):
-        images = normalize(crops[start:start + args.batch_size].to(state.device))
-        layout = whole(model.glid.config, images).to(state.device)
-        with state.autocast():
+        images = normalize(crops[start:start + args.batch_size].to(run.device))
+        layout = whole(model.glid.config, images).to(run.device)
+        with run.autocast():
             maps = model(images, layout).float()
             if not args.overfit and not args.no_flip:   # which have seen nothing in a mirror
                 maps = pose.flip_average(maps, model(images.flip(3), layout).float(), flip)
@@ -105,23 +105,23 @@ def answer(photo, joints, scores, sigmas=OKS_SIGMAS):
             "keypoints": np.concatenate([joints, scores[..., None]], -1)[keep], "kept": keep}
 
 
-def evaluate(model, dataset, args, state, path=None):
+def evaluate(model, dataset, args, run, path=None):
     """COCO's keypoint metrics over the whole validation set; picture of the first photos.
 
     Processes share photos, not persons: which of two predictions is a double is decided in one.
     """
     model.eval()
     metric, rows = AveragePrecision("keypoint", [PERSON], sigmas=dataset.sigmas), []
-    batches = batching.share_crowded(dataset.counts, args, state)
-    loader = batching.loader(dataset, batches, collate_photos, model.glid.config, args, state)
+    batches = batching.share_crowded(dataset.counts, args, run)
+    loader = batching.loader(dataset, batches, collate_photos, model.glid.config, args, run)
     for batch in loader:
         crops, photos = batch.to("cpu")
-        joints, scores = predict(model, crops, args, state, dataset.flip)
+        joints, scores = predict(model, crops, args, run, dataset.flip)
         ends = np.cumsum([len(p["scores"]) for p in photos])[:-1]
         for photo, at, score in zip(photos, np.split(joints, ends), np.split(scores, ends)):
             found, truth = answer(photo, at, score, dataset.sigmas), photo["truth"]
             metric.update(photo["id"], found, truth)
-            if len(rows) < 8 and path and state.rank == 0:
+            if len(rows) < 8 and path and run.rank == 0:
                 image = dataset.source[photo["index"]]["image"].as_subclass(torch.Tensor)
                 scores = [f"{s:.2f}" for s in found["scores"]]
                 rows.append(draw.beside([
@@ -131,11 +131,11 @@ def evaluate(model, dataset, args, state, path=None):
     model.train()
     if rows:
         draw.save(draw.below(rows), path)
-    result = state.merged(metric).result()
+    result = run.merged(metric).result()
     return {name: result[name] for name in SHOWN}
 
 
-def build(args, joints, state):
+def build(args, joints, run):
     """The model with its inherited parts; the head and the e_i, one per joint, are always new."""
     config = training.model_config(args)
     if any(n % config.unit for n in args.size):
@@ -143,89 +143,98 @@ def build(args, joints, state):
                          f"be multiples of {config.unit}")
     torch.manual_seed(args.seed)
     model = PoseEstimator(config, joints)
-    checkpoints.inherit(model.glid, args, state)
-    return model.to(state.device)
+    checkpoints.load_pretrained(model.glid, args, run)
+    return model.to(run.device)
 
 
-def conclude(model, val, args, state, step, best, optimizer, log):
+def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
     """Evaluate, draw, save. Returns the best AP so far."""
-    result = evaluate(model, val, args, state, Path(args.out, "samples", f"{step:06d}.png"))
+    result = evaluate(model, val, args, run, Path(args.out, "samples", f"{step:06d}.png"))
     log.write(step=step, **result)
     is_best = best is None or not result["AP"] < best                  # the first one even if NaN
     best = result["AP"] if is_best else best
-    checkpoints.keep(args, model, optimizer, state, step, best, val, is_best)
+    checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val, is_best)
     return best
 
 
 def main(args):
     """Train; returns {"AP": best AP, "step": steps done}."""
-    state = training.start(args)
+    run = training.start(args)
     train, val = open_pose(args.data, args.size, args.data_fraction, args.seed, args.overfit,
                            args.boxes, (args.zoom, args.rotation), args.flip_pairs,
                            not args.no_flip, on_error=args.on_error)
-    survey(args, train, val, state)
-    model = build(args, len(train.joints), state)
+    survey(args, train, val, run)
+    model = build(args, len(train.joints), run)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
-    step, best, due = checkpoints.resume(args, model, optimizer, state, val)
-    steps = batching.schedule(len(train), args, state)
-    if args.eval or (step >= steps and not due):
-        result = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))
-        state.say(", ".join(f"{k} {100 * v:.2f}" for k, v in result.items())
+    step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)
+    steps = batching.schedule(len(train), args, run)
+    if args.eval or (step >= steps and not ungraded):
+        result = evaluate(model, val, args, run, Path(args.out, "samples", "eval.png"))
+        run.print0(", ".join(f"{k} {100 * v:.2f}" for k, v in result.items())
                   + f" of {len(val)} images, step {step}")
         return {"AP": result["AP"], "step": step}
-    total_batch = args.batch_size * state.world * args.accumulate
-    training.describe(state, model, train, val, total_batch, steps, args.lr)
+    total_batch = args.batch_size * run.world * args.accumulate
+    training.describe(run, model, train, val, total_batch, steps, args.lr)
 
-    training.compile_blocks(model, args, state)
-    ddp = state.wrap(model)
-    batches = batching.Batches(len(train), args, state, step, steps)
-    loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,
-                                            model.glid.config, args, state))
-    log = training.Log(args, state, step, due)
-    with training.Progress(step, steps, "pose", loader, state, total_batch) as bar:
+    training.compile_blocks(model, args, run)
+    ddp = run.wrap(model)                               # averages gradients over the processes
+    loader = batching.training_loader(train, args, run, step, steps, collate,
+                                      model.glid.config)
+    log = training.Log(args, run, step, ungraded)
+    with training.Progress(step, steps, "pose", loader, run, total_batch) as bar:
         model.train()
-        if due:                                     # the run ended before it was evaluated
+        if ungraded:                                # the run ended before this evaluation
             with bar.evaluation():
-                best = conclude(model, val, args, state, step, best, optimizer, log)
+                best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
         while step < steps:
-            torch.manual_seed(mix(args.seed, step, state.rank))                # drop path
+            # What is random in a step is a function of (seed, step, rank): drop path. So a
+            # resumed run repeats it, and the samples are chosen in the same way.
+            torch.manual_seed(derive_seed(args.seed, step, run.rank))
+
+            # The learning rate is a function of the step: a short warm-up and two drops to a tenth.
             lr = args.lr * training.multistep(step, steps, DROPS, args.warmup_steps)
             training.set_lr(optimizer, lr)
+
+            # Crops of persons go in, a heatmap for each joint comes out; its target is a Gaussian
+            # around the true place.
             for micro in range(args.accumulate):
-                images, layout, persons = state.fetch(loader)
+                images, layout, persons = run.fetch(loader)
                 joints, labelled = (torch.stack([p[k] for p in persons])
                                     for k in ("joints", "labelled"))    # [B, J, 2], [B, J]
-                with state.no_sync(ddp, last=micro + 1 == args.accumulate):
-                    with state.autocast():
+                with run.no_sync(ddp, last=micro + 1 == args.accumulate):
+                    with run.autocast():
                         maps = ddp(images, layout)                      # [B, J, H / 4, W / 4]
                     target, weight = pose.heatmap_targets(joints, labelled, args.size,
                                                           maps.shape[2:], args.sigma)
                     loss = heatmap_loss(maps, target, weight) / args.accumulate
                     loss.backward()
                 bar.add(1000 * loss)                # heatmaps are nearly empty: errors are small
+
+            # The gradient's norm is cut, so that one odd batch cannot throw the weights far off.
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
 
-            stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
-            ends = step % args.eval_every == 0 or step == steps
-            saves = step % args.save_every == 0
-            if ends or saves or stops or step % 20 == 0:
+            # Now and then: a line of log, a checkpoint, an evaluation, or the end on a signal.
+            due = bar.due(step, args, args.eval_every)
+            if due.log:
                 log.write(step=step, loss_x1000=bar.report(step), lr=lr)
-            if ends or saves or stops:              # before the evaluation, which may fail
-                checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
-            if stops:
-                bar.stop(stops)
-            if ends:
+            if due.save:
+                checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val,
+                                            ungraded=due.evaluate)
+            if due.stop:                            # Ctrl-C, or a cluster's SIGTERM
+                bar.stop(due.stop)
+            if due.evaluate:
                 with bar.evaluation():
-                    best = conclude(model, val, args, state, step, best, optimizer, log)
-    state.say(f"best AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
-    state.say(training.how_to_ask(args))
+                    best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
+
+    run.print0(f"best AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
+    run.print0(training.how_to_ask(args))
     return {"AP": best, "step": step}
 
 
 if __name__ == "__main__":
-    training.run(main, training.parse(flags(), PRESETS))
+    training.launch(main, training.parse(flags(), PRESETS))

@@ -26,7 +26,7 @@ import batching
 import checkpoints
 import draw
 import training
-from data import IGNORE, InputError, collate, find_instances, mix, open_segmentation
+from data import IGNORE, InputError, collate, derive_seed, find_instances, open_segmentation
 from formats.masks import unstack
 from inference import instance_inference, panoptic_inference, semantic_inference
 from losses import segmentation_loss
@@ -92,7 +92,7 @@ def flags():
 
 
 @torch.no_grad()
-def predict(model, images, layout, originals, args, things, state):
+def predict(model, images, layout, originals, args, things, run):
     """uint8 images [B, 3, H, W] -> B dicts task -> answer at the original size, one after another:
     the masks of one large photo may be hundreds of megabytes.
 
@@ -100,8 +100,8 @@ def predict(model, images, layout, originals, args, things, state):
     instance_inference. panoptic: segment ids [H0, W0] and {id: class}. All on the CPU.
     """
     sizes, patch = layout.sizes.tolist(), model.glid.config.patch
-    with state.autocast():
-        answers = model(normalize(images.to(state.device)), layout.to(state.device),
+    with run.autocast():
+        answers = model(normalize(images.to(run.device)), layout.to(run.device),
                         dict.fromkeys(args.tasks, slice(None)))
     for b, original in enumerate(originals):
         found = {}
@@ -160,17 +160,17 @@ def pictures(task, photo, answer, truth, dataset, threshold=0.5):
             for x in ((truth["panoptic"], classes), answer)]
 
 
-def evaluate(model, dataset, args, state, path=None):
+def evaluate(model, dataset, args, run, path=None):
     """REPORT of every task over the whole validation set, every image once on one process; all
     tasks ask about the same encoded image. Picture of the first images at `path`."""
     model.eval()
     metrics, rows = {t: new_metric(t, dataset) for t in args.tasks}, []
-    batches = batching.share(len(dataset), args, state)
-    loader = batching.loader(dataset, batches, collate, model.glid.config, args, state)
+    batches = batching.share(len(dataset), args, run)
+    loader = batching.loader(dataset, batches, collate, model.glid.config, args, run)
     for batch in loader:
         images, layout, truths = batch.to("cpu")
         found = predict(model, images, layout, [t["original"] for t in truths], args,
-                        dataset.things, state)
+                        dataset.things, run)
         for truth in truths:
             answers = next(found)               # zip would keep the previous photo's
             for task in args.tasks:
@@ -182,9 +182,9 @@ def evaluate(model, dataset, args, state, path=None):
                 rows.append(draw.beside([draw.canvas(photo, draw.SAMPLE)[0], *shown]))
             del answers                                     # before the next photo's are made
     model.train()
-    if path and state.rank == 0:
+    if path and run.rank == 0:
         draw.save(draw.below(rows), path)
-    results = {t: state.merged(metrics[t]).result() for t in args.tasks}
+    results = {t: run.merged(metrics[t]).result() for t in args.tasks}
     return {name: results[t][name] for t in args.tasks for name in REPORT[t]}
 
 
@@ -197,7 +197,7 @@ def words(results):
     return ", ".join(f"{name} {100 * value:.2f}" for name, value in main_metrics(results).items())
 
 
-def build(args, dataset, state):
+def build(args, dataset, run):
     """The model with its inherited parts; the heads and the e_i are always new."""
     torch.manual_seed(args.seed)
     number = args.queries or [QUERIES[t] for t in args.tasks]
@@ -207,19 +207,19 @@ def build(args, dataset, state):
     number = dict(zip(args.tasks, number * len(args.tasks)))
     classes = {t: dataset.things if t == "instance" else len(dataset.classes) for t in args.tasks}
     model = Segmenter(training.model_config(args), number, classes)
-    checkpoints.inherit(model.glid, args, state)
-    return model.to(state.device)
+    checkpoints.load_pretrained(model.glid, args, run)
+    return model.to(run.device)
 
 
-def conclude(model, val, args, state, step, best, optimizer, log):
+def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
     """Evaluate, draw, save. Returns the main metrics of the best evaluation so far, which is the
     one with the largest mean over the tasks."""
-    results = evaluate(model, val, args, state, Path(args.out, "samples", f"{step:06d}.png"))
+    results = evaluate(model, val, args, run, Path(args.out, "samples", f"{step:06d}.png"))
     log.write(step=step, **results)
     found = main_metrics(results)
     is_best = best is None or not sum(found.values()) < sum(best.values())     # first: even if NaN
     best = found if is_best else best
-    checkpoints.keep(args, model, optimizer, state, step, best, val, is_best)
+    checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val, is_best)
     return best
 
 
@@ -229,13 +229,13 @@ def slices(tasks, targets):
     return {t: slice(bisect_left(names, t), bisect_right(names, t)) for t in tasks}
 
 
-def objects_per_image(tasks, targets, state):
+def objects_per_image(tasks, targets, run):
     """Mean number of objects in a task's images of the whole step, over its micro-steps and all
     processes, a list; at least one object a process. All divide by the same number, so that
     gradients average to the true mean."""
     counts = [[len(t["labels"]) for t in targets if t["task"] == task] for task in tasks]
-    sums = state.sum(*map(sum, counts), *map(len, counts))
-    return [max(objects, state.world) / max(1, images)
+    sums = run.sum(*map(sum, counts), *map(len, counts))
+    return [max(objects, run.world) / max(1, images)
             for objects, images in zip(sums, sums[len(counts):])]
 
 
@@ -252,73 +252,84 @@ def batch_loss(answers, asked, targets, density, canvas, points):
 
 def main(args):
     """Train; returns mIoU, AP, PQ of the best evaluation, as far as trained for, and the step."""
-    state = training.start(args)
+    run = training.start(args)
     train, val = open_segmentation(args.data, args.size, args.data_fraction, args.seed, args.tasks,
                                    args.overfit, not args.no_flip, on_error=args.on_error,
                                    ignore_label=args.ignore_label, first_label=args.first_label)
-    survey(args, train, val, state)
-    model = build(args, train, state)
+    survey(args, train, val, run)
+    model = build(args, train, run)
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
-    step, best, due = checkpoints.resume(args, model, optimizer, state, val)
-    if args.eval or (step >= args.steps and not due):
-        results = evaluate(model, val, args, state, Path(args.out, "samples", "eval.png"))
-        state.say(f"{words(results)} of {len(val)} images, step {step}")
+    step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)
+    if args.eval or (step >= args.steps and not ungraded):
+        results = evaluate(model, val, args, run, Path(args.out, "samples", "eval.png"))
+        run.print0(f"{words(results)} of {len(val)} images, step {step}")
         return main_metrics(results) | {"step": step}
-    batching.steps_per_epoch(len(train), args, state, f"--data {args.data}")
-    total_batch = args.batch_size * state.world * args.accumulate
-    training.describe(state, model, train, val, total_batch, args.steps, args.lr)
+    batching.steps_per_epoch(len(train), args, run, f"--data {args.data}")
+    total_batch = args.batch_size * run.world * args.accumulate
+    training.describe(run, model, train, val, total_batch, args.steps, args.lr)
 
-    training.compile_blocks(model, args, state)
-    ddp = state.wrap(model)
-    batches = batching.Batches(len(train), args, state, step, args.steps, kinds=len(args.tasks))
-    loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,
-                                            model.glid.config, args, state))
-    log = training.Log(args, state, step, due)
+    training.compile_blocks(model, args, run)
+    ddp = run.wrap(model)                               # averages gradients over the processes
+    loader = batching.training_loader(train, args, run, step, args.steps, collate,
+                                      model.glid.config, kinds=len(args.tasks))
+    log = training.Log(args, run, step, ungraded)
     name = "+".join(args.tasks)
-    with training.Progress(step, args.steps, name, loader, state, total_batch) as bar:
+    with training.Progress(step, args.steps, name, loader, run, total_batch) as bar:
         model.train()
-        if due:                                     # the run ended before it was evaluated
+        if ungraded:                                # the run ended before this evaluation
             with bar.evaluation():
-                best = conclude(model, val, args, state, step, best, optimizer, log)
+                best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
         while step < args.steps:
-            torch.manual_seed(mix(args.seed, step, state.rank))    # drop path, sampled points
+            # What is random in a step is a function of (seed, step, rank): drop path, points. So a
+            # resumed run repeats it, and the samples are chosen in the same way.
+            torch.manual_seed(derive_seed(args.seed, step, run.rank))
+
+            # The learning rate is a function of the step: a polynomial that falls to 0.
             lr = args.lr * training.poly(step, args.steps)
             training.set_lr(optimizer, lr)
-            parts = [state.fetch(loader) for _ in range(args.accumulate)]
-            density = objects_per_image(args.tasks, [t for *_, ts in parts for t in ts], state)
+
+            # The losses are sums over objects. All micro-steps and processes divide by the objects
+            # of the whole step: the gradient is that of one large batch, however it is split.
+            parts = [run.fetch(loader) for _ in range(args.accumulate)]
+            density = objects_per_image(args.tasks, [t for *_, ts in parts for t in ts], run)
+
+            # Each task asks about its own images of the batch; encoder and decoder serve them all.
             for micro, (images, layout, targets) in enumerate(parts, 1):
                 asked = slices(args.tasks, targets)
-                with state.no_sync(ddp, last=micro == args.accumulate):
-                    with state.autocast():
+                with run.no_sync(ddp, last=micro == args.accumulate):
+                    with run.autocast():
                         answers = ddp(images, layout, asked, every_layer=True)
                     canvas = [n * model.glid.config.unit for n in layout.grid_units]
                     loss = batch_loss(answers, asked, targets, density, canvas,
                                       args.points) / args.accumulate
                     loss.backward()
                 bar.add(loss)
+
+            # The gradient's norm is cut, so that one odd batch cannot throw the weights far off.
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()
             step += 1
 
-            stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
-            ends = step % args.eval_every == 0 or step == args.steps
-            saves = step % args.save_every == 0
-            if ends or saves or stops or step % 20 == 0:
+            # Now and then: a line of log, a checkpoint, an evaluation, or the end on a signal.
+            due = bar.due(step, args, args.eval_every)
+            if due.log:
                 log.write(step=step, loss=bar.report(step), lr=lr)
-            if ends or saves or stops:              # before the evaluation, which may fail
-                checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
-            if stops:
-                bar.stop(stops)
-            if ends:
+            if due.save:
+                checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val,
+                                            ungraded=due.evaluate)
+            if due.stop:                            # Ctrl-C, or a cluster's SIGTERM
+                bar.stop(due.stop)
+            if due.evaluate:
                 with bar.evaluation():
-                    best = conclude(model, val, args, state, step, best, optimizer, log)
-    state.say(f"best {words(best)} in {step} steps; {args.out}/samples/{step:06d}.png")
-    state.say(training.how_to_ask(args))
+                    best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
+
+    run.print0(f"best {words(best)} in {step} steps; {args.out}/samples/{step:06d}.png")
+    run.print0(training.how_to_ask(args))
     return best | {"step": step}
 
 
 if __name__ == "__main__":
-    training.run(main, training.parse(flags(), PRESETS))
+    training.launch(main, training.parse(flags(), PRESETS))

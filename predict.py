@@ -86,7 +86,7 @@ class Model:
         self.kinds = checkpoint.get("kinds", ["person"])
         self.category_ids = checkpoint.get("category_ids", [1])
         where = training.pick_device(device)
-        self.state = training.Run(where, dtype=training.precision(where)[0])
+        self.run = training.Run(where, dtype=training.precision(where)[0])
         self.network = network(self, Config(**checkpoint["config"]), checkpoint["model"])
         try:
             self.network.load_state_dict(checkpoint["model"])
@@ -142,18 +142,18 @@ class Model:
         images, layout = self.inputs(photos)
         sizes = [tuple(p.shape[1:]) for p in photos]
         if self.task == "pretraining":
-            panels = pretrain.fill(self.network, images.to(self.state.device),
-                                   layout.to(self.state.device))
+            panels = pretrain.fill(self.network, images.to(self.run.device),
+                                   layout.to(self.run.device))
             names = ("input", "seen", "reconstruction", "borrowed")
             return [dict(zip(names, (p.cpu() for p in row))) for row in zip(*panels)]
         if self.task == "detection":
-            found = finetune_det.predict(self.network, images, layout, sizes, self.state)
+            found = finetune_det.predict(self.network, images, layout, sizes, self.run)
         elif self.task == "depth":
             found = [{"depth": d} for d in finetune_depth.predict(
-                self.network, images, layout, sizes, self.state, not self.args.overfit)]
+                self.network, images, layout, sizes, self.run, not self.args.overfit)]
         else:
             found = [self.flat(f) for f in finetune_seg.predict(
-                self.network, images, layout, sizes, self.args, self.things, self.state)]
+                self.network, images, layout, sizes, self.args, self.things, self.run)]
         for answer in found:
             if "labels" in answer:
                 answer["names"] = [self.classes[k] for k in answer["labels"].tolist()]
@@ -203,7 +203,7 @@ class Model:
         boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
         crops, back, area = pose.views(photo, boxes, *self.args.size)
         flip = pose.flip_order(self.joints, self.args.flip_pairs)
-        at, sure = finetune_pose.predict(self.network, crops, self.args, self.state, flip)
+        at, sure = finetune_pose.predict(self.network, crops, self.args, self.run, flip)
         scores = np.ones(len(boxes)) if scores is None else np.asarray(scores)
         found = finetune_pose.answer(dict(back=back, area=area, scores=scores), at, sure,
                                      pose.oks_sigmas(self.joints))
@@ -347,4 +347,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    training.run(main, flags().parse_args())
+    training.launch(main, flags().parse_args())

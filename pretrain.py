@@ -25,7 +25,7 @@ import batching
 import checkpoints
 import draw
 import training
-from data import collate_pretraining, mix, open_pretraining
+from data import collate_pretraining, derive_seed, open_pretraining
 from losses import reconstruction_loss
 from model import Pretrainer, normalize, pixel_statistics, split_units
 from survey import survey
@@ -68,20 +68,20 @@ class Objective(torch.nn.Module):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, args, state):
+def evaluate(model, dataset, args, run):
     """Mean squared error per target value over the whole validation set, all processes."""
     model.eval()
     total, count = 0.0, 0
-    batches = batching.share(len(dataset), args, state)
-    loader = batching.loader(dataset, batches, collate_pretraining, model.glid.config, args, state)
+    batches = batching.share(len(dataset), args, run)
+    loader = batching.loader(dataset, batches, collate_pretraining, model.glid.config, args, run)
     for batch in loader:
-        images, layout = batch.to(state.device)
-        with state.autocast():
+        images, layout = batch.to(run.device)
+        with run.autocast():
             prediction, target = model(normalize(images), layout)
         total += reconstruction_loss(prediction, target).item() * len(images) / target.shape[-1]
         count += len(images)
     model.train()
-    total, count = state.sum(total, count)
+    total, count = run.sum(total, count)
     return total / count
 
 
@@ -113,109 +113,117 @@ def fill(model, images, layout):
     return [(x * std + mean).clamp(0, 1).mul(255).byte() for x in (pixels, seen, filled, borrowed)]
 
 
-def picture(model, dataset, path, state, count=8):
+def picture(model, dataset, path, run, count=8):
     """A row for each of a few validation photos: input, what the encoder saw, reconstruction."""
     model.eval()
     count = min(count, len(dataset))
     ids = [i * len(dataset) // count for i in range(count)]                 # from all over the set
     images, layout = collate_pretraining(model.glid.config, [dataset[(0, i)] for i in ids])
-    panels = fill(model, images.to(state.device), layout.to(state.device))[:3]
+    panels = fill(model, images.to(run.device), layout.to(run.device))[:3]
     model.train()
     rows = [draw.beside([draw.canvas(x.cpu(), draw.SAMPLE)[0] for x in row])
             for row in zip(*panels)]
     draw.save(draw.below(rows), path)
 
 
-def conclude(model, val, args, state, step, best, optimizer, log):
+def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
     """End of an epoch: validate, draw, save. Returns the best validation error so far."""
-    loss = evaluate(model, val, args, state)
+    loss = evaluate(model, val, args, run)
     log.write(step=step, val_loss=loss)
     is_best = best is None or not loss > best
     best = loss if is_best else best
-    if state.rank == 0:
-        picture(model, val, Path(args.out, "samples", f"{step:06d}.png"), state)
-    checkpoints.keep(args, model, optimizer, state, step, best, val, is_best)
+    if run.rank == 0:
+        picture(model, val, Path(args.out, "samples", f"{step:06d}.png"), run)
+    checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val, is_best)
     return best
 
 
 def main(args):
     """Train; returns {"loss": best validation error, "step": steps done}."""
-    state = training.start(args)
+    run = training.start(args)
     config = training.model_config(args)
     train, val = open_pretraining(args.data, config, args.mask, args.mask_ratio, args.seed,
                                   args.on_error)
-    survey(args, train, val, state)
+    survey(args, train, val, run)
 
     torch.manual_seed(args.seed)                                            # same weights on all
-    model = Pretrainer(config, args.norm_pix).to(state.device)
+    model = Pretrainer(config, args.norm_pix).to(run.device)
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay),
                                   betas=(0.9, 0.95), fused=True)
-    step, best, due = checkpoints.resume(args, model, optimizer, state, val)
+    step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)
 
-    per_epoch = batching.steps_per_epoch(len(train), args, state, f"--data {args.data}")
+    per_epoch = batching.steps_per_epoch(len(train), args, run, f"--data {args.data}")
     steps = args.steps or args.epochs * per_epoch
-    if args.eval or (step >= steps and not due):
-        loss = evaluate(model, val, args, state)
-        state.say(f"validation error {loss:.4f} of {len(val)} images, step {step}")
+    if args.eval or (step >= steps and not ungraded):
+        loss = evaluate(model, val, args, run)
+        run.print0(f"validation error {loss:.4f} of {len(val)} images, step {step}")
         return {"loss": loss, "step": step}
     warmup = max(1, round(steps * args.warmup_epochs / args.epochs))
-    total_batch = args.batch_size * state.world * args.accumulate
-    lr = args.lr or 1.2e-3 * total_batch / 2048                             # = MAE's 1.5e-4 per 256
-    training.describe(state, model, train, val, total_batch, steps, lr)
+    total_batch = args.batch_size * run.world * args.accumulate
+    peak = args.lr or 1.2e-3 * total_batch / 2048                           # = MAE's 1.5e-4 per 256
+    training.describe(run, model, train, val, total_batch, steps, peak)
 
     objective = Objective(model)
-    training.compile_whole(objective, args, state)
-    ddp, pixels = state.wrap(objective), 3 * config.unit ** 2
+    training.compile_whole(objective, args, run)
+    ddp, pixels = run.wrap(objective), 3 * config.unit ** 2
     # kept from step to step: the memory that a CUDA graph gives to a gradient serves one pass only
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     # with a budget for the rows of attention all batches have the same shapes
-    collate, level = partial(collate_pretraining, budget=train.row_budget(
-        config, args.batch_size)), 0
-    batches = batching.Batches(len(train), args, state, step, steps)
-    loader = batching.Timed(batching.loader(batching.forgiving(train, args), batches, collate,
-                                            config, args, state))
-    log = training.Log(args, state, step, due)
-    with training.Progress(step, steps, "pre-training", loader, state, total_batch) as bar:
+    budget, level = train.row_budget(config, args.batch_size), 0
+    collate = partial(collate_pretraining, budget=budget)
+    loader = batching.training_loader(train, args, run, step, steps, collate, config)
+    log = training.Log(args, run, step, ungraded)
+    with training.Progress(step, steps, "pre-training", loader, run, total_batch) as bar:
         model.train()
-        if due:                                     # the run ended before it was evaluated
+        if ungraded:                                # the run ended before this evaluation
             with bar.evaluation():
-                best = conclude(model, val, args, state, step, best, optimizer, log)
+                best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
         while step < steps:
-            # the network's own noise is a function of (seed, step, rank): resuming repeats it
-            torch.manual_seed(mix(args.seed, step, state.rank))
-            training.set_lr(optimizer, lr * training.cosine(step, steps, warmup))
+            # What is random in a step is a function of (seed, step, rank): drop path. So a
+            # resumed run repeats it, and the samples are chosen in the same way.
+            torch.manual_seed(derive_seed(args.seed, step, run.rank))
+
+            # The learning rate is a function of the step: a linear warm-up, then a cosine to 0.
+            lr = peak * training.cosine(step, steps, warmup)
+            training.set_lr(optimizer, lr)
+
+            # Encode what is visible, ask for what is hidden, compare with its pixels (Eq. 2). The
+            # gradients of the micro-steps add up; the processes average them after the last one.
             for micro in range(args.accumulate):
-                images, layout = state.fetch(loader)
-                if layout.level > level:
+                images, layout = run.fetch(loader)
+                if layout.level > level:            # a rare batch: its shapes are larger
                     level = layout.level
                     print(f"\nstep {step}: these masks need more rows of attention than budgeted; "
                           f"raised, level {level}", file=sys.stderr, flush=True)
-                with state.no_sync(ddp, last=micro + 1 == args.accumulate):
-                    with state.autocast():
+                with run.no_sync(ddp, last=micro + 1 == args.accumulate):
+                    with run.autocast():
                         loss = ddp(images, layout) / args.accumulate
                     loss.backward()
                 bar.add(loss / pixels)              # of the mean squared error of a pixel
+
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
             step += 1
 
-            stops = bar.stops()                     # Ctrl-C, or a cluster's SIGTERM
-            ends, saves = step % per_epoch == 0 or step == steps, step % args.save_every == 0
-            if ends or saves or stops or step % 20 == 0:
-                log.write(step=step, loss=bar.report(step), lr=optimizer.param_groups[0]["lr"])
-            if ends or saves or stops:              # before the evaluation, which may fail
-                checkpoints.keep(args, model, optimizer, state, step, best, val, due=ends)
-            if stops:
-                bar.stop(stops)
-            if ends:
+            # Now and then: a line of log, a checkpoint, an evaluation, or the end on a signal.
+            due = bar.due(step, args, per_epoch)
+            if due.log:
+                log.write(step=step, loss=bar.report(step), lr=lr)
+            if due.save:
+                checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val,
+                                            ungraded=due.evaluate)
+            if due.stop:                            # Ctrl-C, or a cluster's SIGTERM
+                bar.stop(due.stop)
+            if due.evaluate:
                 with bar.evaluation():
-                    best = conclude(model, val, args, state, step, best, optimizer, log)
-    state.say(f"validation error {best:.4f} after {step} steps; {args.out}/best.pt, "
+                    best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
+
+    run.print0(f"validation error {best:.4f} after {step} steps; {args.out}/best.pt, "
               f"{args.out}/samples/{step:06d}.png")
-    state.say(training.how_to_ask(args))
+    run.print0(training.how_to_ask(args))
     return {"loss": best, "step": step}
 
 
 if __name__ == "__main__":
-    training.run(main, training.parse(flags(), PRESETS))
+    training.launch(main, training.parse(flags(), PRESETS))

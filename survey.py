@@ -15,9 +15,9 @@ from pose import SIDES, flip_order
 LOOKED_AT = 200                         # label maps of a part whose pixels are counted
 
 
-def survey(args, train, val, state):
+def survey(args, train, val, run):
     """Print it, on one process; with --check the program ends here, with exit code 0."""
-    if state.rank == 0:
+    if run.rank == 0:
         for line in lines(args, train, val):
             print(line, flush=True)
     if args.check:

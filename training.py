@@ -19,6 +19,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -181,7 +182,7 @@ class Stopped(Exception):
     """Somebody asked the run to end: args are the signal's number and what is saved."""
 
 
-def run(main, args):
+def launch(main, args):
     """Call main. What the user can mend ends in one line on stderr and exit code 2; a signal in one
     line and 128 + its number; only a fault of ours in a traceback."""
     for stream in (sys.stdout, sys.stderr):     # a name that this terminal cannot show is escaped
@@ -285,7 +286,7 @@ class Run:
     dtype: torch.dtype = None               # of autocast; None = fp32 throughout
     lock: object = None                     # see claim(): kept as long as the run
 
-    def say(self, *words):
+    def print0(self, *words):
         if self.rank == 0:
             print(*words, flush=True)
 
@@ -360,31 +361,31 @@ def start(args):
     """Join the process group torchrun describes, if any; say what runs where; claim OUT."""
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     dtype, words = precision(device)
-    state = Run(device, dtype=dtype)
+    run = Run(device, dtype=dtype)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
         if not dist.is_initialized():           # a program may run several scripts
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        state.rank, state.world = dist.get_rank(), dist.get_world_size()
+        run.rank, run.world = dist.get_rank(), dist.get_world_size()
     words += "; Apple's GPUs are untried by us" * (device.type == "mps")
-    state.say(f"device {device}, {state.world} process(es), {words}")
+    run.print0(f"device {device}, {run.world} process(es), {words}")
     if args.check:
-        return state
+        return run
     if Path(args.out, "last.pt").exists() and not (args.resume or args.eval):
         raise InputError(f"--out {args.out}: holds a run already; --resume continues it, another "
                          "--out starts a new one")
     if not args.eval:                                       # a mistyped --out makes no folder
         try:
             Path(args.out, "samples").mkdir(parents=True, exist_ok=True)
-            state.lock = claim(args.out) if state.rank == 0 else None
+            run.lock = claim(args.out) if run.rank == 0 else None
         except OSError as error:
             raise InputError(f"--out {args.out}: cannot be written ({error.strerror})") from None
-        taken = state.rank == 0 and state.lock is None
-        if state.sum(taken)[0]:                             # all processes end, not rank 0 alone
+        taken = run.rank == 0 and run.lock is None
+        if run.sum(taken)[0]:                             # all processes end, not rank 0 alone
             raise InputError(f"--out {args.out}: another run is writing there; wait for it, or give"
                              " another --out")
-    return state
+    return run
 
 
 def claim(folder):
@@ -408,6 +409,14 @@ def claim(folder):
 # What a run tells
 
 
+class Due(NamedTuple):
+    """See Progress.due."""
+    log: bool
+    save: bool
+    stop: int
+    evaluate: bool
+
+
 class Progress:
     """Progress bar, mean loss since the last report, the watch for a loss of NaN and for signals.
 
@@ -416,9 +425,9 @@ class Progress:
     signals are then what they were.
     """
 
-    def __init__(self, step, steps, what, loader, state, images_per_step):
-        self.state, self.loader, self.images = state, loader, images_per_step
-        self.bar = tqdm(initial=step, total=steps, desc=what, disable=state.rank > 0,
+    def __init__(self, step, steps, what, loader, run, images_per_step):
+        self.run, self.loader, self.images = run, loader, images_per_step
+        self.bar = tqdm(initial=step, total=steps, desc=what, disable=run.rank > 0,
                         mininterval=1, smoothing=0.05, file=sys.stdout)
         self.total, self.first = 0.0, step
         self.signal, self.evaluating, self.before = 0, False, {}
@@ -432,8 +441,8 @@ class Progress:
         self.bar.close()
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        if kind is None and (skipped := int(self.state.sum(self.loader.skipped())[0])):
-            self.state.say(f"{skipped} unreadable training photos were replaced by the next one, "
+        if kind is None and (skipped := int(self.run.sum(self.loader.skipped())[0])):
+            self.run.print0(f"{skipped} unreadable training photos were replaced by the next one, "
                            "each named above")
 
     def asked(self, number, _):
@@ -449,8 +458,16 @@ class Progress:
 
     def stops(self):
         """The signal that any process got, or 0; all processes get the same answer."""
-        seen = self.state.sum(*(self.signal == n for n in (signal.SIGINT, signal.SIGTERM)))
+        seen = self.run.sum(*(self.signal == n for n in (signal.SIGINT, signal.SIGTERM)))
         return signal.SIGINT if seen[0] else signal.SIGTERM if seen[1] else 0
+
+    def due(self, step, args, every):
+        """What is due after this step: a line of log, a checkpoint, the end (a signal's number, the
+        same on all processes), an evaluation. It comes every `every` steps and after the last one;
+        before it the run is saved, since it may fail."""
+        stop, evaluate = self.stops(), step % every == 0 or step == self.bar.total
+        save = evaluate or bool(stop) or step % args.save_every == 0
+        return Due(save or step % 20 == 0, save, stop, evaluate)
 
     def stop(self, number):
         """End the run, whose last step is saved."""
@@ -474,14 +491,14 @@ class Progress:
 
     def report(self, step, **values):
         """Mean loss over all processes since the last report; raises if it is not finite."""
-        mean = self.state.sum(self.total)[0] / self.state.world / (step - self.first)
+        mean = self.run.sum(self.total)[0] / self.run.world / (step - self.first)
         if not math.isfinite(mean):
             raise FloatingPointError(
                 f"the loss is {mean} at step {step}: lower --lr (or look at the data); the last "
                 "checkpoint is untouched, --resume continues from it")
         self.bar.update(step - self.bar.n)
         rate = self.bar.format_dict["rate"] or 0
-        if skipped := int(self.state.sum(self.loader.skipped())[0]):
+        if skipped := int(self.run.sum(self.loader.skipped())[0]):
             values["skipped"] = skipped
         self.bar.set_postfix(loss=f"{mean:.4f}", **values, img_s=f"{rate * self.images:.0f}",
                              wait=f"{self.loader.share():.0%}", refresh=False)
@@ -489,13 +506,13 @@ class Progress:
         return mean
 
 
-def describe(state, model, train, val, batch, steps, lr):
+def describe(run, model, train, val, batch, steps, lr):
     """What a run prints before it starts."""
     parts = {name: sum(p.numel() for p in part.parameters()) / 1e6
              for name, part in model.glid.named_children()}
     parts["heads"] = sum(p.numel() for p in model.parameters()) / 1e6 - sum(parts.values())
-    state.say("parameters (M): " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
-    state.say(f"{len(train)} training and {len(val)} validation images; {steps} steps of {batch} "
+    run.print0("parameters (M): " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
+    run.print0(f"{len(train)} training and {len(val)} validation images; {steps} steps of {batch} "
               f"images; peak learning rate {lr:.3g}")
 
 
@@ -503,21 +520,21 @@ def describe(state, model, train, val, batch, steps, lr):
 # torch.compile
 
 
-def compile_whole(objective, args, state):
+def compile_whole(objective, args, run):
     """--compile in pre-training: forward pass and loss as one graph, whose shapes never change. On
     CUDA its kernels are launched all at once, as a CUDA graph. In place: names stay as they are."""
-    on_cuda = state.device.type == "cuda"
-    if compiles(on_cuda if args.compile is None else args.compile, state):
+    on_cuda = run.device.type == "cuda"
+    if compiles(on_cuda if args.compile is None else args.compile, run):
         # DDP would cut the graph into pieces, to send gradients while others are computed
         torch._dynamo.config.optimize_ddp = False
         objective.compile(fullgraph=True, dynamic=False,
                           mode="reduce-overhead" if on_cuda else "default")
 
 
-def compile_blocks(model, args, state):
+def compile_blocks(model, args, run):
     """--compile in fine-tuning, where sizes change from batch to batch: the blocks, each a graph
     for any size. What lies between them, and the losses, stay as they are."""
-    if compiles(args.compile, state):
+    if compiles(args.compile, run):
         # blocks differ in widths, in whether windows share rows and whether keys are padded
         torch._dynamo.config.cache_size_limit = 64
         for module in model.glid.modules():
@@ -525,17 +542,17 @@ def compile_blocks(model, args, state):
                 module.compile(dynamic=True)
 
 
-def compiles(wanted, state):
+def compiles(wanted, run):
     """Whether torch.compile is wanted and works; if not everywhere, one line says so."""
     error = None
     if wanted:
         try:                                    # all it needs: Python's headers, gcc, Triton, ...
-            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=state.device))
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=run.device))
         except Exception as failed:             # whatever is missing: training goes on without
             lines = [x for x in str(failed).splitlines() if x and not x.startswith("backend=")]
             error = lines[0] if lines else type(failed).__name__
-        if state.sum(error is not None)[0]:     # all processes alike
-            state.say(f"not compiled: {(error or 'another process cannot')[:120]}")
+        if run.sum(error is not None)[0]:     # all processes alike
+            run.print0(f"not compiled: {(error or 'another process cannot')[:120]}")
             wanted = False
     return bool(wanted)
 
@@ -609,8 +626,8 @@ class Log:
     """One JSON object a line in OUT/log.jsonl, written by rank 0. A resumed run drops the lines
     that a killed one wrote after its last checkpoint; due: that step's evaluation among them."""
 
-    def __init__(self, args, state, step, due=False):
-        self.path = Path(args.out, "log.jsonl") if state.rank == 0 else None
+    def __init__(self, args, run, step, due=False):
+        self.path = Path(args.out, "log.jsonl") if run.rank == 0 else None
         if self.path and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             lines = [line for line in lines if line.endswith("}")]
