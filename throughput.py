@@ -189,7 +189,8 @@ def finetuning_on_card(config, state, rounds, peak, shrink=1):
     """The four networks at the paper's sizes, over shrink, forward + backward -> images/s."""
     everything, result = {"semantic": slice(None)}, {}
     for name, shape, net, call in (
-            ("detection", (2, 800, 1216), Detector(config, 80), {"train": True}),
+            ("detection", (2, 800, 1216), Detector(
+                config, 80, 300 // shrink, 1500 // shrink), {"train": True}),
             ("segmentation", (2, 640, 640), Segmenter(config, {"semantic": 100}, {"semantic": 150}),
              {"asked": everything, "every_layer": True}),
             ("depth", (2, 416, 544), DepthEstimator(config, 64, 0.001, 10), {}),
