@@ -13,9 +13,8 @@ import draw
 import pictures
 import pose
 from formats.files import InputError
-from inference import at_original
 from model import normalize
-from tokens import whole
+from tokens import at_original, whole
 
 SHOWN, SIDE = 4, 512                    # queries, and px of a photo's longer side
 

@@ -24,11 +24,11 @@ import checkpoints
 import draw
 import training
 from data import InputError, collate, derive_seed, open_depth
-from inference import at_original
 from losses import silog_loss
 from metrics import DepthErrors
 from model import DepthEstimator, normalize
 from survey import survey
+from tokens import at_original
 
 PRESETS = {
     # two CPU cores, about a minute. The e_i need no speed: Eq. 5 gives each query another depth, so

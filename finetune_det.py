@@ -21,8 +21,7 @@ import checkpoints
 import draw
 import training
 from data import collate, derive_seed, open_detection
-from inference import detection_inference
-from losses import detection_loss
+from losses import corners, detection_loss
 from metrics import AveragePrecision
 from model import Detector, normalize
 from survey import survey
@@ -58,6 +57,21 @@ def flags():
     parser.set_defaults(batch_size=2, out="out/detection", lr=2e-4, backbone_lr=0.1,
                         drop_path=0.2)
     return parser
+
+
+def detection_inference(class_logits, boxes, size, count=100):
+    """The best `count` of all (query, class) pairs, no suppression (H-DETR).
+
+    class_logits [Q, K]; boxes [Q, 4] = centre x, y, width, height in 0..1; size: (H0, W0) of the
+    photo. Returns scores [D] falling, labels [D], boxes [D, 4] x1 y1 x2 y2 in the photo's pixels.
+    """
+    scores, at = class_logits.float().sigmoid().flatten().sort(descending=True, stable=True)
+    scores, at = scores[:count], at[:count]
+    query, label = at // class_logits.shape[1], at % class_logits.shape[1]
+    height, width = size
+    boxes = corners(boxes[query].float()).clamp(0, 1) * boxes.new_tensor(
+        [width, height, width, height])
+    return {"scores": scores, "labels": label, "boxes": boxes}
 
 
 @torch.no_grad()

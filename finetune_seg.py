@@ -21,6 +21,7 @@ from bisect import bisect_left, bisect_right
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import batching
 import checkpoints
@@ -28,12 +29,13 @@ import draw
 import training
 from data import IGNORE, InputError, collate, derive_seed, find_instances, open_segmentation
 from formats.masks import unstack
-from inference import instance_inference, panoptic_inference, semantic_inference
 from losses import segmentation_loss
 from metrics import AveragePrecision, MeanIoU, PanopticQuality
 from model import Segmenter, normalize
 from survey import survey
+from tokens import at_original
 
+PART = 2**22                    # float numbers of mask logits to hold at the original size at once
 QUERIES = {"semantic": 100, "instance": 200, "panoptic": 200}           # M [paper]
 # what is reported; the first of each chooses best.pt
 REPORT = {"semantic": ["mIoU"], "instance": ["AP", "AP50", "AP75"],
@@ -89,6 +91,102 @@ def flags():
     parser.set_defaults(batch_size=2, out="out/segmentation", steps=160_000, lr=1e-4,
                         backbone_lr=0.1, drop_path=0.3)
     return parser
+
+
+def in_parts(mask_logits, size, patch, original):
+    """Mask logits [M, h, w] at the original size, a few masks at a time: [m, H0, W0] each.
+
+    All of them would not fit beside the model: 200 masks of 12 megapixels are 10 GB.
+    """
+    pixels = max(original[0] * original[1], (size[0] + 8 * patch) * (size[1] + 8 * patch))
+    for part in mask_logits.float().split(max(1, PART // pixels)):
+        if len(part):                                   # no mask at all: one part without a mask
+            yield at_original(part, size, patch, original)
+
+
+def semantic_inference(class_logits, mask_logits, size, patch, original):
+    """Mask2Former's: the sum over queries of p(class) x p(mask); no-object dropped.
+
+    class_logits [M, K + 1] and mask_logits [M, h, w] of one image; size, patch, original as for
+    at_original. The logits are enlarged to the network's input, then the sum to the original.
+    Returns scores [K, H0, W0].
+    """
+    p, scores, done = class_logits.float().softmax(-1)[:, :-1], 0, 0
+    for logits in in_parts(mask_logits, size, patch, size):
+        part = p[done:done + len(logits)]
+        scores = scores + torch.einsum("qk,qhw->khw", part, logits.sigmoid())
+        done += len(logits)
+    return F.interpolate(scores[None], tuple(original), mode="bilinear", align_corners=False)[0]
+
+
+def instance_inference(class_logits, mask_logits, size, patch, original, limit=100):
+    """Mask2Former's: the `limit` best pairs of query and class; a query may answer several times.
+
+    class_logits [M, K + 1] and mask_logits [M, h, w] of one image; size, patch, original as for
+    at_original. Returns dict, best class first: labels int64 [D], scores float [D] = p(class) x the
+    mean p(mask) of the mask's pixels, masks bool [D, H0, W0] = where p(mask) > 1/2, on the CPU.
+    Empty masks are left out: their score would be 0, which cannot change the average precision.
+    """
+    p = class_logits.float().softmax(-1)[:, :-1]
+    # stable, so that equal scores are in the same order on every machine
+    order = p.flatten().sort(descending=True, stable=True).indices[:limit]
+    query, labels = order // p.shape[1], order % p.shape[1]
+    used, place = query.unique(return_inverse=True)
+    masks = torch.empty(len(order), *original, dtype=torch.bool)        # on the CPU: may be large
+    quality, done = mask_logits.new_empty(len(used), dtype=torch.float32), 0
+    for logits in in_parts(mask_logits[used], size, patch, original):
+        mask = logits > 0
+        inside = (logits.sigmoid() * mask).flatten(1).sum(1)
+        quality[done:done + len(logits)] = inside / mask.flatten(1).sum(1).clamp(min=1)
+        for i, q in enumerate(place.tolist()):                          # answers of this part
+            if done <= q < done + len(logits):
+                masks[i] = mask[q - done]
+        done += len(logits)
+    scores = p[query, labels] * quality[place]
+    real = scores > 0
+    kept = real.nonzero()[:, 0].tolist()
+    for i, k in enumerate(kept):                    # move up in place: a copy may not fit
+        if i < k:
+            masks[i] = masks[k]
+    return {"labels": labels[real], "scores": scores[real], "masks": masks[:len(kept)]}
+
+
+def panoptic_inference(class_logits, mask_logits, size, patch, original, things,
+                       object_threshold=0.8, overlap_threshold=0.8):
+    """Mask2Former's: each pixel goes to the surest query, fragments are dropped, stuff is merged.
+
+    class_logits [M, K + 1] and mask_logits [M, h, w] of one image, the first `things` classes being
+    things. Queries count whose class is not "no object" and has p > object_threshold; a pixel
+    belongs to the one of the largest p(class) x p(mask), if that p(mask) >= 1/2. A query that owns
+    less than overlap_threshold of its own mask is dropped and leaves void.
+    Returns ids int32 [H0, W0], 0 = void, and {id: class}; one segment per class of stuff.
+    """
+    p, labels = class_logits.float().softmax(-1).max(-1)
+    keep = (labels < class_logits.shape[-1] - 1) & (p > object_threshold)
+    p, labels = p[keep], labels[keep].tolist()
+    best = torch.full(original, -1.0, device=mask_logits.device)            # p(class) p(mask)
+    owner = torch.full_like(best, -1, dtype=torch.long)                     # query of each pixel
+    sure, areas = torch.zeros_like(best, dtype=torch.bool), []              # its p(mask) >= 1/2
+    for logits in in_parts(mask_logits[keep], size, patch, original):
+        first, p_mask = len(areas), logits.sigmoid()
+        value, query = (p[first:first + len(logits), None, None] * p_mask).max(0)
+        better = value > best                           # among equals the first query, as argmax
+        own = p_mask.gather(0, query[None])[0]
+        best, owner = torch.where(better, value, best), torch.where(better, query + first, owner)
+        sure = torch.where(better, own >= 0.5, sure)
+        areas += (p_mask >= 0.5).flatten(1).sum(1).tolist()
+    owned = torch.bincount(owner.flatten() + 1, minlength=len(labels) + 1)[1:].tolist()
+    ids, classes, stuff = torch.zeros_like(owner, dtype=torch.int32), {}, {}
+    for q, (label, area) in enumerate(zip(labels, areas)):
+        mask = (owner == q) & sure
+        if not mask.any() or owned[q] / area < overlap_threshold:
+            continue
+        segment = len(classes) + 1
+        if label >= things:
+            segment = stuff.setdefault(label, segment)
+        classes[segment] = label
+        ids[mask] = segment
+    return ids, classes
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ for name in detection semantic instance panoptic depth pose; do
 done
 
 last() { for picture in "$out/$1"/samples/*.png; do :; done; echo "$picture"; }
-python gallery.py $out/gallery.png \
+python results/gallery.py $out/gallery.png \
     "pre-training: photo, what the encoder sees, what the decoder fills in=$(last pretrain)" \
     "detection: truth, answer=$(last detection)" \
     "semantic segmentation: photo, truth, answer=$(last semantic)" \

@@ -48,7 +48,6 @@ import finetune_depth
 import finetune_det
 import finetune_pose
 import finetune_seg
-import inference
 import losses
 import metrics
 import model as M
@@ -61,14 +60,14 @@ import tokens as layout
 import toyworld
 import training
 from data import InputError
+from finetune_seg import instance_inference, panoptic_inference, semantic_inference
 from formats import export as toyexport
 from formats import files
 from formats import folders as formats
 from formats import masks as cocomask
 from formats import results as resultfiles
-from inference import at_original, instance_inference, panoptic_inference, semantic_inference
 from model import GLID, PRESETS, Config, DepthEstimator, PoseEstimator, Pretrainer, Segmenter
-from tokens import Layout, whole
+from tokens import Layout, at_original, whole
 
 HERE = Path(__file__).resolve().parent
 TINY = Config(**PRESETS["tiny"])
@@ -384,7 +383,8 @@ def test_budget_of_rows_changes_nothing():
             assert name.endswith("k.bias") or (p.grad - g).abs().max() <= 1e-5 * g.abs().max(), name
     # also where every window is full: the graph must be the same as for the batch before
     full = Layout(TINY, sizes, hidden)
-    assert not full.plans[0, False][2] and Layout(TINY, sizes, hidden, full.needed).plans[0, False][2]
+    within = Layout(TINY, sizes, hidden, full.needed)
+    assert not full.plans[0, False][2] and within.plans[0, False][2]
     assert packing.enough([10, 3], [10, 3]) == ([10, 3], 0)
     assert packing.enough([11, 3], [10, 3]) == ([11, 4], 1)
     train = data.open_pretraining("toyworld:16", TINY)[0]
@@ -1398,12 +1398,12 @@ def test_detection_inference():
     squares AP is 1."""
     logits = torch.tensor([[2.0, -3.0], [1.0, 3.0]])
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.9, 0.2, 0.4, 0.2]])
-    found = inference.detection_inference(logits, boxes, (100, 200), count=3)
+    found = finetune_det.detection_inference(logits, boxes, (100, 200), count=3)
     assert found["labels"].tolist() == [1, 0, 0]
     assert_close(found["scores"], torch.tensor([3.0, 2.0, 1.0]).sigmoid(), 1e-6)
     assert_close(found["boxes"], torch.tensor([[140.0, 10, 200, 30], [80, 30, 120, 70],
                                                [140, 10, 200, 30]]), 1e-5)
-    many = inference.detection_inference(torch.randn(30, 5), torch.rand(30, 4), (9, 9))
+    many = finetune_det.detection_inference(torch.randn(30, 5), torch.rand(30, 4), (9, 9))
     assert len(many["scores"]) == 100
 
     class Oracle(torch.nn.Module):
@@ -1503,8 +1503,8 @@ ALL_TASKS = ["semantic", "instance", "panoptic"]
 def test_segmentation_inference_is_mask2formers():
     """For all masks at once: logits are enlarged to the network's input, cut, and enlarged to the
     original; of semantic segmentation it is the sum of the queries that is enlarged last."""
-    merged, void, real = 0, 0, inference.PART
-    for seed, (limit, least, share), inference.PART in itertools.product(
+    merged, void, real = 0, 0, finetune_seg.PART
+    for seed, (limit, least, share), finetune_seg.PART in itertools.product(
             range(4), ((100, 0, 0.1), (7, 0.5, 0.4), (100, 0.8, 0.6)), (1, real)):
         generator = torch.Generator().manual_seed(seed)     # 48 x 32 px on a larger canvas, patch 4
         classes = 3 * torch.randn(12, 5, generator=generator)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from packing import enough, plan, touched
 
@@ -261,3 +262,23 @@ class Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return scatter(grad, [ctx.slots], ctx.saved_tensors[0]), None
+
+
+# -----------------------------------------------------------------------------
+# From the padded canvas back to the photo
+
+
+def at_original(maps, size, patch, original, align_corners=False):
+    """Maps [K, h, w] of a padded canvas -> [K, H0, W0] at the photo's original size.
+
+    size: (H, W) px of the image within the canvas. Bilinear, as Mask2Former: first to the network's
+    input, where the padding is cut off, then to the original. Units that are all padding are cut
+    off before, so that the answer does not depend on the other images of the batch.
+    """
+    h, w = (-(-n // (8 * patch)) * 8 for n in size)                         # tokens of its units
+    maps = F.interpolate(maps[None, :, :h, :w], (h * patch, w * patch), mode="bilinear",
+                         align_corners=align_corners)
+    maps = maps[:, :, :size[0], :size[1]]
+    if maps.shape[2:] != torch.Size(original):
+        maps = F.interpolate(maps, original, mode="bilinear", align_corners=align_corners)
+    return maps[0]
