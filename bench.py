@@ -276,7 +276,7 @@ def loaders(root):
             ("panoptic", coco, partial(segmentation, tasks=["panoptic"]), partial(theirs, segment)),
             ("semantic", ade, segmentation, partial(theirs, segment)),
             ("depth", nyu, partial(data.open_depth, height=416, width=544), partial(theirs, depth)),
-            ("pose", coco, partial(data.open_pose, size=(256, 192)), torchvision_pose)):
+            ("pose", coco, partial(pose.open_pose, size=(256, 192)), torchvision_pose)):
         if not folder.is_dir():
             print(f"{name}: no {folder}", file=sys.stderr)
             continue

@@ -9,7 +9,6 @@ index), so it is the same for any number of workers or processes, and after a re
 Photos stay uint8 until they are on the device: a quarter of the bytes to copy and to crop.
 """
 import contextlib
-import json
 import math
 import os
 import random
@@ -26,9 +25,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from tqdm import tqdm
 
-import pose
 import toyworld
-from formats.coco import an_id
 from formats.files import (
     IGNORE,
     LABELS,
@@ -691,146 +688,7 @@ def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False, flip=Tr
 
 
 # -----------------------------------------------------------------------------
-# Pose
-
-
-PERSON = 0                                      # class of a person, in every source
-TOY_PHOTO = 160                                 # px: half of ToyWorld's persons are over 50 px tall
-
-
-def persons(labels):
-    """The persons among a photo's objects, numpy: boxes [P, 4], keypoints [P, J, 3], area [P],
-    iscrowd [P] (all False if the source has no crowds)."""
-    crowd = labels.get("iscrowd", torch.zeros(len(labels["area"]), dtype=torch.bool))
-    found = {k: labels[k] for k in ("boxes", "keypoints", "area")} | {"iscrowd": crowd}
-    rows = np.asarray(labels["classes"]) == PERSON
-    return {k: np.asarray(v)[rows] for k, v in found.items()}
-
-
-def read_boxes(path, ids, kinds):
-    """A detector's answers, COCO's results format -> per image of `ids` boxes xyxy [P, 4], scores.
-
-    JSON: a list of {"image_id", "category_id", "bbox": [x, y, w, h], "score"}. Other categories
-    than `kinds` and other images are left out; an entry without sense raises InputError.
-    """
-    try:
-        entries = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--boxes {path}: not a readable JSON file "
-                         f"({str(error).splitlines()[0]})") from None
-    if not isinstance(entries, list):
-        raise InputError(f"--boxes {path}: not a list; COCO's results format is one list of boxes")
-    found = {i: [] for i in ids}
-    for n, entry in enumerate(entries):
-        try:
-            image, kind = an_id(entry["image_id"]), an_id(entry["category_id"])
-            x, y, w, h, score = row = [float(v) for v in (*entry["bbox"], entry["score"])]
-            if not (np.abs(row) < 1e6).all() or w < 0 or h < 0:        # NaN neither
-                raise ValueError("a number is not finite or no pixel, or a side is below 0")
-            if kind in kinds and image in found:
-                found[image].append((x, y, x + w, y + h, score))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"--boxes {path}: entry {n} is no box of COCO's results format "
-                             f"({type(error).__name__}: {error}); correct or remove it") from None
-    if not any(found.values()):
-        raise InputError(f"--boxes {path}: no person (category_id {min(kinds)}) in any of the "
-                         "photos; is it the file of this set?")
-    rows = [np.array(found[i], np.float64).reshape(-1, 5) for i in ids]
-    return [(r[:, :4], r[:, 4]) for r in rows]
-
-
-class Pose:
-    """Crops of persons. A source of photos has ids, labels(i) and [i], the labels with "image".
-
-    Training: (epoch, person) -> dict for collate(): image uint8 [3, H, W], joints float [J, 2]
-    in crop px (see pose.py), labelled bool [J]. Persons that are no crowd and have a joint.
-    Test: (epoch, photo) -> dict of all its persons, so that doubles can be told: images uint8
-    [P, 3, H, W], back [P, 2, 3] from crop to the photo's pixels as annotations count them, area [P]
-    of the views, scores [P] of the boxes, truth for AveragePrecision, id, index. The boxes are the
-    true ones, score 1, or `boxes`, from read_boxes. ViTPose tests with a detector's: with true ones
-    AP is higher.
-    """
-
-    def __init__(self, source, train, size, seed, augment=(0.5, 40.0), boxes=None, pairs=None,
-                 flip=True):
-        self.source, self.train, self.size, self.seed = source, train, size, seed
-        self.augment = augment                  # (zoom, rotation) of pose.random_view, or None
-        self.joints = source.joints             # their names, which tell the next four
-        self.flip, self.sigmas = pose.flip_order(self.joints, pairs), pose.oks_sigmas(self.joints)
-        self.mirrors = flip
-        self.bones = pose.bones(self.joints)
-        self.upper = pose.UPPER if self.bones else None
-        # what has these joints, as files and detectors name it
-        toy = isinstance(source, ToyWorld)
-        self.category_ids = source.category_ids[:1] if toy else source.category_ids
-        self.kinds = source.classes[:1] if toy else source.classes
-        self.truths = [persons(source.labels(i)) for i in range(len(source))]
-        self.boxes = boxes or [(t["boxes"][~t["iscrowd"]], np.ones(int((~t["iscrowd"]).sum())))
-                               for t in self.truths]
-        self.counts = [len(b) for b, _ in self.boxes]                       # persons of a photo
-        self.people = [(i, k) for i, t in enumerate(self.truths) for k in range(len(t["boxes"]))
-                       if not t["iscrowd"][k] and (t["keypoints"][k, :, 2] > 0).any()
-                       and (t["boxes"][k, 2:] > t["boxes"][k, :2]).all()]
-
-    def __len__(self):
-        return len(self.people if self.train else self.source)
-
-    def __getitem__(self, at):
-        return self.person(*at) if self.train else self.photo(at[1])
-
-    def person(self, epoch, index):
-        """A training sample: the crop of one person, augmented."""
-        i, k = self.people[index]
-        box, keypoints = (self.truths[i][name][k] for name in ("boxes", "keypoints"))
-        keypoints = keypoints + (pose.PIXEL, pose.PIXEL, 0)
-        if self.augment:
-            with seeded(self.seed, epoch, index):
-                centre, size, degrees, mirrored = pose.random_view(box, keypoints, *self.size,
-                                                                   *self.augment, self.upper)
-        else:
-            (centre, size), degrees, mirrored = pose.fit_box(box, *self.size), 0.0, False
-        matrix = pose.affine(centre, size, *self.size, degrees)
-        crop = pose.warp(self.source[i]["image"].as_subclass(torch.Tensor), matrix, *self.size)
-        joints, labelled = pose.move(matrix, keypoints[:, :2]), keypoints[:, 2] > 0
-        if mirrored and self.mirrors:
-            crop, joints, labelled = pose.mirror(crop, joints, labelled, self.flip)
-        return {"image": crop, "joints": torch.from_numpy(joints).float(),
-                "labelled": torch.from_numpy(labelled)}
-
-    def photo(self, index):
-        """A test sample: the crops of all persons of a photo, and how to get back to it."""
-        image, truth = self.source[index]["image"].as_subclass(torch.Tensor), self.truths[index]
-        boxes, scores = self.boxes[index]
-        crops, back, area = pose.views(image, boxes, *self.size)
-        return {"images": crops, "back": back, "area": area, "scores": scores, "index": index,
-                "id": self.source.ids[index],
-                "truth": truth | {"labels": np.full(len(truth["area"]), PERSON)}}
-
-
-def open_pose(path, size, fraction=1.0, seed=0, overfit=False, boxes=None, augment=(0.5, 40.0),
-              pairs=None, flip=True, **reading):
-    """(training set of persons, validation set of photos) for pose estimation; see open_sources.
-
-    size: (H, W) of the crops; boxes: file of a detector's boxes for the validation photos; augment:
-    (zoom, rotation) of pose.random_view; pairs: see pose.flip_order; flip: whether to mirror.
-    """
-    keys = ["boxes", "classes", "area", "keypoints"]
-    train, val = open_sources(path, TOY_PHOTO, keys, fraction, overfit, **reading)
-    kinds = val.category_ids[:1] if isinstance(val, ToyWorld) else val.category_ids
-    found = read_boxes(boxes, val.ids, set(kinds)) if boxes else None
-    train = Pose(train, True, size, seed, None if overfit else augment, pairs=pairs, flip=flip)
-    if flip and not overfit and not pairs:
-        pose.require_sides(path, train.joints, train.flip, [t["keypoints"] for t in train.truths])
-    return [train, Pose(val, False, size, seed, boxes=found, pairs=pairs, flip=flip)]
-
-
-# -----------------------------------------------------------------------------
 # Batches
-
-
-def collate_photos(config, samples):
-    """Test samples of Pose -> crops of all their persons uint8 [P, 3, H, W], and the samples."""
-    return torch.cat([s.pop("images") for s in samples]), samples
 
 
 def collate_pretraining(config, samples, budget=None):

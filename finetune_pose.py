@@ -24,10 +24,11 @@ import checkpoints
 import draw
 import pose
 import training
-from data import PERSON, InputError, collate, collate_photos, derive_seed, open_pose
+from data import InputError, collate, derive_seed
 from losses import heatmap_loss
 from metrics import OKS_SIGMAS, AveragePrecision
 from model import PoseEstimator, normalize
+from pose import PERSON, collate_photos, open_pose
 from survey import survey
 from tokens import whole
 

@@ -302,7 +302,7 @@ def main(args):
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder")
     ids = resultfiles.image_ids([path for path, _ in todo], args.ids)
-    boxes = data.read_boxes(args.boxes, ids, set(model.category_ids)) if args.boxes else None
+    boxes = pose.read_boxes(args.boxes, ids, set(model.category_ids)) if args.boxes else None
     out.mkdir(parents=True, exist_ok=True)
     results, broken, begun = {}, [], deque()
 

@@ -2177,7 +2177,7 @@ def test_pose_samples():
         boxes=torch.tensor([[80.0, 60, 120, 110]] * 4), keypoints=keypoints,
         classes=torch.tensor([0, 0, 3, 0]), iscrowd=torch.tensor([False, False, False, True]),
         area=torch.full((4,), 900.0), image=dot((100.5, 80.5)))] * 2)       # centre of a pixel
-    train, val = (data.Pose(source, t, (64, 48), 3) for t in (True, False))
+    train, val = (pose.Pose(source, t, (64, 48), 3) for t in (True, False))
     assert train.people == [(0, 0), (1, 0)] and val.counts == [2, 2] and len(train) == 2
     photo = val[(0, 1)]
     at = pose.move(photo["back"][0], centroid(photo["images"][0])[None])[0]
@@ -2206,19 +2206,19 @@ def test_pose_detector_boxes():
         path = at / "boxes.json"
         path.write_text(json.dumps([good, good | {"category_id": 3}, good | {"image_id": 9},
                                     good | {"image_id": 2, "score": 1}]))
-        found = data.read_boxes(path, [0, 1, 2], kinds={0})
+        found = pose.read_boxes(path, [0, 1, 2], kinds={0})
         assert [b.tolist() for b, _ in found] == [[[1, 2, 31, 42]], [], [[1, 2, 31, 42]]]
-        val = data.open_pose("toyworld:3", (64, 48), boxes=path)[1]
+        val = pose.open_pose("toyworld:3", (64, 48), boxes=path)[1]
         photos = [val[(0, i)] for i in range(3)]
         assert [p["scores"].tolist() for p in photos] == [[0.5], [], [1]]
         assert val.counts == [1, 0, 1] and len(photos[1]["truth"]["boxes"]) > 0
-        assert data.collate_photos(TINY, photos)[0].shape == (2, 3, 64, 48)
+        assert pose.collate_photos(TINY, photos)[0].shape == (2, 3, 64, 48)
         for text, word in (*((json.dumps([good, b]), "entry 1") for b in bad), ("[", "JSON"),
                            ("[" * 100_000, "JSON"), ("{}", "list"), ("[]", "no person"),
                            (None, "JSON")):
             path.unlink() if text is None else path.write_text(text)
             with raises(InputError, "--boxes", "boxes.json", word):
-                data.read_boxes(path, [0, 1, 2], kinds={0})
+                pose.read_boxes(path, [0, 1, 2], kinds={0})
 
 
 def test_pose_recipe():
@@ -2243,7 +2243,7 @@ def test_perfect_heatmaps_score_1():
         lists = batching.share_crowded(counts, args, training.Run(torch.device("cpu"), rank, 2))
         assert all(len(x) == 1 or sum(counts[i] for _, i in x) <= 4 for x in lists)
         assert [i for x in lists for _, i in x] == share
-    train, val = data.open_pose("toyworld:16", (128, 96), overfit=True)
+    train, val = pose.open_pose("toyworld:16", (128, 96), overfit=True)
     known, parts, generator = {}, [], np.random.default_rng(0)
     for i in range(len(val)):
         photo, truth = val[(0, i)], val.truths[i]["keypoints"]
@@ -2978,21 +2978,21 @@ def test_own_joints():
     objects[2] |= dict(bbox=[0, 0, 0, 0], area=0)                           # only joints clicked
     with folder() as at:
         coco(at, objects, "person_keypoints", 4, kinds=kinds)
-        train, val = data.open_pose(at, (48, 32))
+        train, val = pose.open_pose(at, (48, 32))
         assert train.flip == [1, 0, 2, 4, 3] and val.source.category_ids == (4, 9)
         assert [len(t["boxes"]) for t in train.truths] == [1, 1, 1] and len(train.people) == 2
         clicked = train.truths[1]
         assert clicked["boxes"].tolist() == [[1, 1, 8, 6]] and clicked["area"] == 35
         assert train[0, 1]["labelled"].all() and val.truths[0]["keypoints"].shape == (1, 5, 3)
-        assert data.open_pose(at, (48, 32), pairs="earL-nose,4-5")[0].flip == [2, 1, 0, 4, 3]
-        views = data.open_pose(at, (48, 32), augment=(0, 0.0), flip=False)[0]
+        assert pose.open_pose(at, (48, 32), pairs="earL-nose,4-5")[0].flip == [2, 1, 0, 4, 3]
+        views = pose.open_pose(at, (48, 32), augment=(0, 0.0), flip=False)[0]
         for left, right, nose in (views[e, 0]["joints"][:3, 0] for e in range(12)):
             assert left < nose < right and nose - left < right - nose       # never mirrored
     ear, seen, real = [dict(category_id=4, keypoints=[2, 2, 2] + [0] * 12)], [], pose.random_view
     with folder() as at:
         for part in ("train", "val"):
             coco(at, ear, f"person_keypoints_{part}", kinds=kinds)
-        train = data.open_pose(at, (32, 16), augment=(0.5, 40.0))[0]
+        train = pose.open_pose(at, (32, 16), augment=(0.5, 40.0))[0]
         pose.random_view = lambda *a: seen.append(a[6]) or real(*a)
         try:
             labelled = {tuple(train[e, 0]["labelled"].nonzero()[:, 0].tolist()) for e in range(20)}
@@ -3619,9 +3619,9 @@ def some_batches():
     for pair, collate in sets:
         for part in pair:
             yield collate(TINY, [part[0, i] for i in range(2)])
-    people, photos = data.open_pose("toyworld:3", (48, 32))
+    people, photos = pose.open_pose("toyworld:3", (48, 32))
     yield data.collate(TINY, [people[0, i] for i in range(2)])
-    yield data.collate_photos(TINY, [photos[0, i] for i in range(2)])
+    yield pose.collate_photos(TINY, [photos[0, i] for i in range(2)])
 
 
 def test_batches_can_be_pinned_and_moved():
