@@ -1,7 +1,7 @@
 """
 One picture of several runs: a row of examples for each, under its caption.
 
-    python results/gallery.py out/gallery.png "depth: photo, answer=out/depth/samples/000320.png" ...
+    python results/gallery.py out/gallery.png "depth: answer=out/depth/samples/000320.png" ...
 
 The scripts write their samples as one PNG of eight examples of equal size below each other; the
 first few of them stand side by side here.
