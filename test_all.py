@@ -379,7 +379,8 @@ def test_budget_of_rows_changes_nothing():
             assert name.endswith("k.bias") or (p.grad - g).abs().max() <= 1e-5 * g.abs().max(), name
     # also where every window is full: the graph must be the same as for the batch before
     full = Layout(TINY, sizes, hidden)
-    assert not full.plans[0, False][2] and Layout(TINY, sizes, hidden, full.needed).plans[0, False][2]
+    fixed = Layout(TINY, sizes, hidden, full.needed)
+    assert not full.plans[0, False][2] and fixed.plans[0, False][2]
     assert packing.enough([10, 3], [10, 3]) == ([10, 3], 0)
     assert packing.enough([11, 3], [10, 3]) == ([11, 4], 1)
     train = data.open_pretraining("toyworld:16", TINY)[0]
