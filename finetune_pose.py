@@ -169,12 +169,13 @@ def main(args):
     scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
+    boxes = f"boxes of {args.boxes}" if args.boxes else "true boxes"    # a detector's AP is lower
     step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)
     steps = batching.schedule(len(train), args, run)
     if args.eval or (step >= steps and not ungraded):
         result = evaluate(model, val, args, run, Path(args.out, "samples", "eval.png"))
         run.print0(", ".join(f"{k} {100 * v:.2f}" for k, v in result.items())
-                  + f" of {len(val)} images, step {step}")
+                   + f" ({boxes}) of {len(val)} images, step {step}")
         return {"AP": result["AP"], "step": step}
     total_batch = args.batch_size * run.world * args.accumulate
     training.describe(run, model, train, val, total_batch, steps, args.lr)
@@ -232,7 +233,8 @@ def main(args):
                 with bar.evaluation():
                     best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
 
-    run.print0(f"best AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
+    run.print0(f"best AP {100 * best:.1f} in {step} steps, {boxes}; "
+               f"{args.out}/samples/{step:06d}.png")
     run.print0(training.how_to_ask(args))
     return {"AP": best, "step": step}
 
