@@ -337,6 +337,8 @@ def main(args):
                   ", {:.1f} s of network, ratio {:.4f}".format(*share.values()))
     if "data" in args.parts:
         result |= loading_against_torchvision(args)
+    if set(args.parts) & {"plan", "loading"}:
+        torch.set_num_threads(1)                            # as in a data process
     if "plan" in args.parts:
         result |= told(throughput.planning(config, 256), args)
         result |= told(throughput.graphs(Config(**PRESETS["tiny"])), args)

@@ -1424,7 +1424,8 @@ def test_detection_inference():
         net, state = Oracle(), training.Run(torch.device("cpu"))
         result = finetune_det.evaluate(net, val, args, state, at / "p.png")
         assert result["AP"] == result["AP50"] == result["AR100"] == 1.0 and net.training
-        assert Image.open(at / "p.png").size == (2 * 2 * 96, 2 * sum(range(72, 78)))
+        drawn = Image.open(at / "p.png")            # a row for each photo, truth beside answer
+        assert drawn.width > 2 * 250 and drawn.height > 6 * 200, drawn.size
 
 
 def train_by_hand(net, args, train, scales, loss_of):
