@@ -254,8 +254,8 @@ def restated_prediction(net, image, hidden):
 
 def test_whole_model_equals_restatement():
     """Pre-training's prediction and gradients against a dense, loop-by-loop model, for windows of 1
-    to 3 words of slots. Not one bit of a map or of the prediction depends on a hidden pixel or on
-    the budget of rows; a batch beyond the budget raises it."""
+    to 3 words of slots. Not one bit of the prediction depends on a hidden pixel or on the budget of
+    rows; a batch beyond the budget raises it."""
     torch.manual_seed(0)
     sizes, hidden = torch.tensor([[64, 48]] * 2), (torch.rand(2, 12).argsort(1) < 7).view(2, 4, 3)
     for window, more in ((3, 0), (5, 5), (6, -1), (12, 1)):
@@ -265,8 +265,6 @@ def test_whole_model_equals_restatement():
         tokens = Layout(config, sizes, hidden)
         other = Layout(config, sizes, hidden, [n + more for n in tokens.needed])
         assert other.level == 0 if more >= 0 else other.level > 0
-        rows = [rows for _, rows, _ in other.plans.values()]
-        assert all(r >= n for r, n in zip(rows, tokens.needed))
         (found, target), (again, _) = net(images, tokens), net(images, other)
         assert torch.equal(found, again), "an empty row was seen"
         expected = torch.stack([restated_prediction(net, *x) for x in zip(images, hidden)])
@@ -278,9 +276,7 @@ def test_whole_model_equals_restatement():
                 assert name.endswith("k.bias") or \
                     (g - right).abs().max() <= 1e-5 * right.abs().max(), name
         with torch.no_grad():
-            maps = net.glid.encode(images, tokens)
             M.split_units(images, 16)[tuple(tokens.hidden.long().unbind(1))] *= 1e6
-            assert all(map(torch.equal, maps, net.glid.encode(images, tokens)))
             again, changed = net(images, tokens)
         assert torch.equal(again, found) and not torch.equal(changed, target)
 
@@ -353,11 +349,11 @@ def test_budget_of_rows_makes_all_shapes_equal():
 
 
 @contextlib.contextmanager
-def counted_graphs(backend="eager"):
+def counted_graphs():
     """torch.compile traces as ever, counts its graphs, and runs them without a compiler."""
     import torch._dynamo.testing
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compile_it = functools.partialmethod(torch.nn.Module.compile, backend=counter)
     with mock.patch.object(torch.nn.Module, "compile", compile_it), \
             mock.patch.object(training, "compiles", lambda wanted, state: bool(wanted)):
@@ -418,9 +414,9 @@ def test_bench_of_a_card_runs():
     state = training.Run(torch.device("cpu"), dtype=torch.bfloat16)
     with quiet(), mock.patch.object(training, "compiles", lambda wanted, state: False):
         found = throughput.card(config, state, 4, rounds=1, size=64, shrink=20)
-    names = ("dense", "step", "detection", "segmentation", "depth", "pose")
+    names = "dense", "step", "detection", "segmentation", "depth", "pose"
     assert found.keys() == {f"{n} {how}" for n in names for how in ("eager", "compiled")}
-    assert all(rate > 0 for rate in found.values())
+    assert min(found.values()) > 0
     plan = throughput.planning(TINY, 16, 2)
     assert plan["layout_tensors"] == 4 and min(plan["rows_over_perfect"]) >= 1
     assert throughput.loading(TINY, 4)["loaded_images_a_second_a_core"] > 0
@@ -489,8 +485,7 @@ def seg_loss(net, images, targets):
 
 
 def test_every_parameter_learns():
-    """In pre-training and in fine-tuning, in fp32 and under bf16 autocast; losses stay in fp32.
-    Without any object the loss is finite and every parameter has a gradient tensor."""
+    """In pre-training and in fine-tuning, in fp32 and under bf16 autocast; losses stay in fp32."""
     torch.manual_seed(0)
     images, targets = seg_batch()
     tokens = Layout(TINY, torch.tensor([[64, 64], [40, 64]]))
@@ -505,19 +500,18 @@ def test_every_parameter_learns():
         other = losses.segmentation_loss(*answers, targets, (64, 64), 3, 128)["loss"]
         assert loss.dtype == other.dtype == torch.float32
         assert not without_gradient(net, loss) and not without_gradient(task, other)
-    task.zero_grad()
-    seg_loss(task, *seg_batch(labels=((), ()))).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters())
 
 
 def test_queries_come_apart():
-    """The e_i start equal (Eq. 3: zero). After one optimiser step those that were matched differ
-    from each other and from the rest; the rest stays equal, until objects are matched to it."""
+    """The e_i start equal (Eq. 3: zero). Without any object every parameter still gets a gradient;
+    after a step those that were matched differ from each other and from the rest, which stays."""
     torch.manual_seed(0)
     net = Segmenter(TINY, {"semantic": 6}, {"semantic": 3})
-    offsets = net.heads["semantic"].offsets
+    offsets, optimizer = net.heads["semantic"].offsets, torch.optim.AdamW(net.parameters(), 1e-3)
     assert not offsets.any()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    seg_loss(net, *seg_batch(labels=((), ()))).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    optimizer.zero_grad()
     seg_loss(net, *seg_batch(labels=((0, 1, 2), (0, 1)))).backward()
     optimizer.step()
     for a, b in itertools.combinations(offsets[[0, 1, 2, 5]], 2):       # three were matched
@@ -668,19 +662,15 @@ def test_metrics_box_ap_by_hand():
         assert r["per_category"] == {1: r["AP"]}
 
 
-def test_metrics_mask_iou_counts_pixels():
-    """Over more pixels than a block of the matrix product; a category without objects has none."""
+def test_metrics_masks_and_keypoints_by_hand():
+    """A mask's IoU counts pixels, here of several blocks of the matrix product; of 17 joints only
+    the nose is labelled, and off by 2 sigma sqrt(area): OKS = exp(-1/2) = .6065."""
     truth, found = np.zeros((2, 1, 300, 300), bool)
     truth[0, :, :100] = True
     for bottom, ap in ((80, 0.0), (300, 1.0), (186, .3)):  # IoU is bottom / 300, the last .62
-        found[0] = False
-        found[0, :bottom, :100] = True
+        found[0, :, :100] = np.arange(300)[:, None] < bottom
         r = average_precision("mask", {"scores": [1], "masks": found}, {"masks": truth}, (7, 4))
         assert near(r.result()["AP"], ap) and r.result()["per_category"][7] == -1
-
-
-def test_metrics_oks_by_hand():
-    """Only the nose is labelled and is off by 2 sigma sqrt(area): OKS = exp(-1/2) = .6065."""
     truth, found = np.zeros((2, 1, 17, 3))
     truth[0, 0] = 30, 40, 2
     found[0, 0, :2] = 30 + 2 * .026 * 100, 40
