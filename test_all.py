@@ -631,7 +631,7 @@ def test_metrics_box_ap_by_hand():
             # 1/2, 1; at the other seven thresholds it ends at recall 1/2, after 51 of 101 points
             ([ten, [50, 0, 60, 10]], [[50, 0, 56.2, 10], ten, [20, 20, 30, 30]], [.7, .9, .8], {},
              dict(AP=(3 * low + 7 * high) / 10, APs=(3 * low + 7 * high) / 10, AP50=low, AP75=high,
-                  AR1=.5, AR10=.65, AR100=.65, APm=-1, APl=-1)),
+                  AR1=.5, AR10=.65, AR100=.65, ARs=.65, APm=-1, APl=-1)),
             # A crowd is never wrong and never used up; as ordinary objects the two would be misses
             # above the hit, and the big box is missed as well
             (*crowded, dict(iscrowd=[0, 1]), dict(AP=1)),
@@ -661,10 +661,11 @@ def test_metrics_masks_and_keypoints_by_hand():
     the nose is labelled, and off by 2 sigma sqrt(area): OKS = exp(-1/2) = .6065."""
     truth, found = np.zeros((2, 1, 300, 300), bool)
     truth[0, :, :100] = True
-    for bottom, ap in ((80, 0), (300, 1), (186, .3), (276, .9)):    # IoU is bottom / 300
+    for bottom, ap in ((80, 0), (300, 1), (186, .3), (216, .5), (276, .9)):     # IoU: bottom / 300
         found[0, :, :100] = np.arange(300)[:, None] < bottom
         r = average_precision("mask", {"scores": [1], "masks": found}, {"masks": truth}, (7, 4))
-        assert near(r.result()["AP"], ap) and r.result()["per_category"][7] == -1
+        r = r.result()
+        assert near([r["AP"], r["AP75"]], [ap, bottom >= 225]) and r["per_category"][7] == -1
     truth, found = np.zeros((2, 1, 17, 3))
     truth[0, 0] = 30, 40, 2
     found[0, 0, :2] = 30 + 2 * .026 * 100, 40
