@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from inference import at_original
+
 import finetune_pose
 import finetune_seg
 import pose
 from data import find_objects, open_pose, open_segmentation
-from inference import at_original
 from metrics import AveragePrecision
 
 PATCH = 2                                                   # of the preset tiny
