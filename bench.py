@@ -49,7 +49,7 @@ from formats.masks import mask
 from losses import reconstruction_loss
 from model import PRESETS, Config, Detector, Pretrainer
 from tokens import Layout, whole
-from training import Run, pick_device, precision, run
+from training import Run, launch, pick_device, precision
 
 # what a part times besides "dense"
 NEEDS = {"encoder": ["visible", "all_visible"], "step": ["step"], "losses": [], "data": [],
@@ -373,4 +373,4 @@ if __name__ == "__main__":
     if args.memory_of:
         print(peak_memory(args.memory_of, Config(**PRESETS[args.preset]), args.batch_size))
     else:
-        run(main, args)
+        launch(main, args)

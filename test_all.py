@@ -12,6 +12,7 @@ import colorsys
 import contextlib
 import functools
 import gc
+import importlib.util
 import io
 import itertools
 import json
@@ -343,18 +344,45 @@ def test_budget_of_rows_makes_all_shapes_equal():
 
 
 @contextlib.contextmanager
-def counted_graphs():
+def counted_graphs(backend="eager"):
     """torch.compile traces as ever, counts its graphs, and runs them without a compiler."""
     import torch._dynamo.testing
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     compile_it = functools.partialmethod(torch.nn.Module.compile, backend=counter)
     with mock.patch.object(torch.nn.Module, "compile", compile_it), \
             mock.patch.object(training, "compiles", lambda wanted, state: bool(wanted)):
         yield counter
 
 
-def test_compiled_pretraining_is_one_graph_with_the_same_weights():
+def test_pretraining_is_one_graph():
+    """8 batches of different masks run through one graph without a break, and give eager's bits:
+    value and gradient."""
+    config = Config(**TINY.to_dict() | dict(depths=(1, 1, 1, 1), decoder_layers=3))
+    train = data.open_pretraining("toyworld:8", config)[0]
+    budget, masks = train.row_budget(config, 4), set()
+    torch.manual_seed(0)
+    net = pretrain.Objective(noisy(Pretrainer(config)))
+    weights = list(net.parameters())
+    old = torch.__version__.startswith("2.6.")              # sums some gradients in another order
+    with counted_graphs("aot_eager") as counter:
+        graph = pretrain.Objective(net.model)
+        training.compile_whole(graph, argparse.Namespace(compile=True),
+                               training.Run(torch.device("cpu")))
+        for epoch in range(8):
+            images, tokens = data.collate_pretraining(config, [train[epoch, i] for i in range(4)],
+                                                      budget)
+            masks.add(str(tokens.units.tolist()))
+            images = M.normalize(images)
+            eager, compiled = net(images, tokens), graph(images, tokens)
+            assert eager.item() == compiled.item(), epoch
+            pairs = zip(*(torch.autograd.grad(loss, weights) for loss in (eager, compiled)))
+            for a, b in pairs:
+                assert torch.equal(a, b) or (old and (a - b).abs().max() < 1e-4), epoch
+        assert counter.frame_count == 1 and len(masks) == 8
+
+
+def test_compiled_pretraining_writes_the_same_weights():
     """A run that is resumed with --compile and --accumulate: batches of different masks run through
     one graph, whose gradients are those of the run that is not compiled, which says so in one line
     where --compile finds no compiler. By default a CPU does not try."""
@@ -3386,6 +3414,14 @@ def test_versions():
     assert training.OLDEST == {"Python": (3, 10), "torch": (2, 6)}
 
 
+def test_every_command_starts():
+    """What no other module imports must not rot."""
+    for path in ("bench.py", "curves.py", "formats/export.py", *(
+            f"results/{p.name}" for p in sorted((HERE / "results").glob("*.py")))):
+        spec = importlib.util.spec_from_file_location(Path(path).stem, HERE / path)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
 def test_sources():
     """Nothing outside the standard library and the six packages is imported, and text files are
     opened as UTF-8, whatever the locale."""
@@ -3877,14 +3913,15 @@ def test_curves():
 
 
 def test_export():
-    """docs/export.md: as one graph a network answers as itself. Two tasks stand for all: the one
-    that is asked several things, through the file, and the one with hidden units."""
+    """docs/export.md: as one graph a network of any task answers as itself, through a file."""
     blocks = (HERE / "docs/export.md").read_text().split("```python\n")[1:]
     export, load, hidden = (block.split("```")[0] for block in blocks)
     export = export.replace('load("best.pt", device="cpu")', "MODEL")
     first, last = export.split("photo = torch.zeros(1")
     square = first + hidden + "height = width = side\nphoto = torch.zeros(1" + last
-    for task, code in ("segmentation", export), ("pretraining", square):
+    pose_size = export.replace("height, width = 128, 96", "height, width = model.args.size")
+    for task, code in (("segmentation", export), ("detection", export), ("depth", export),
+                       ("pose", pose_size), ("pretraining", square)):
         with folder() as at, quiet():
             in_file = lambda code, at=at: code.replace('"network.pt2"', f'"{at}/network.pt2"')
             exec(in_file(code), names := {"MODEL": asked(task)})

@@ -108,7 +108,7 @@ def add_flags(parser):
         "whole step, by default on CUDA; of fine-tuning the blocks, by default not")
     run("--save-every", type=POSITIVE, default=500, help="steps between checkpoints")
     run("--seed", type=number(int, 0, 2**63), default=0, help="of all that is random")
-    data("--data", help="folder of the data set, or toyworld")
+    data("--data", help="folder of the data set, or toyworld[:COUNT]: drawn photos")
     data("--workers", type=COUNT, default=4, help="data processes: read, augment, plan")
     data("--on-error", choices=("stop", "skip"), default="stop", help="at a broken photo or "
          "annotation: stop, or go on without it and count")

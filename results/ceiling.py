@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from inference import at_original
-
 import finetune_pose
 import finetune_seg
 import pose
-from data import find_objects, open_pose, open_segmentation
+from data import find_objects, open_segmentation
 from metrics import AveragePrecision
+from tokens import at_original
 
 PATCH = 2                                                   # of the preset tiny
 
@@ -58,7 +57,7 @@ def masks_ceiling(task, path, share, size):
 def pose_ceiling(path, share, sigma=1.0):
     """Keypoint AP of perfect heatmaps at tiny's crop."""
     crop = finetune_pose.PRESETS["tiny"]["size"]
-    _, val = open_pose(path, crop, share, overfit=True)
+    _, val = pose.open_pose(path, crop, share, overfit=True)
     metric = AveragePrecision("keypoint", [0], sigmas=val.sigmas)
     for i in range(len(val)):
         photo = val[0, i]
