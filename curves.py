@@ -83,7 +83,7 @@ def panel(title, curves):
     for (_, curve), colour in zip(curves.items(), COLOURS * len(curves)):
         line = [at(*p) for p in sorted(curve)]
         pen.line([v for p in line for v in p], colour, 2 * s, joint="curve")
-        if title != "loss":                              # evaluations are few: show each
+        if title != "loss" or len(line) < 3:             # few: show each
             for x, y in line:
                 pen.ellipse((x - 3 * s, y - 3 * s, x + 3 * s, y + 3 * s), colour)
     return image.resize((WIDTH, HEIGHT), Image.LANCZOS)

@@ -304,7 +304,7 @@ def main(args):
     ids = resultfiles.image_ids([path for path, _ in todo], args.ids)
     boxes = pose.read_boxes(args.boxes, ids, set(model.category_ids)) if args.boxes else None
     out.mkdir(parents=True, exist_ok=True)
-    results, broken, begun = {}, [], deque()
+    results, broken, begun, unsure = {}, [], deque(), 0
 
     def write(photo, answer, index):
         name = todo[index][1]
@@ -330,6 +330,7 @@ def main(args):
             asked = [boxes[i] if boxes else None for i, _ in good]
             found = model.ask([photo for _, photo in good], asked) if good else []
             for (i, photo), answer in zip(good, found):
+                unsure += "scores" in answer and not (answer["scores"] >= args.threshold).any()
                 if args.attention:
                     picture = attention(model, photo, answer, args.queries)
                     draw.save(picture, out / f"{todo[i][1]}-attention.png")
@@ -340,7 +341,8 @@ def main(args):
     for name, rows in results.items():
         content = {"annotations": rows} if name == "panoptic" else rows
         resultfiles.write_json(content, out / f"{name}.json")
-    print(f"{len(todo) - len(broken)} of {len(todo)} photos answered; {out}")
+    bare = f"; in {unsure} nothing is as sure as --threshold {args.threshold}" * bool(unsure)
+    print(f"{len(todo) - len(broken)} of {len(todo)} photos answered; {out}{bare}")
     if broken:
         raise InputError(f"{len(broken)} of {len(todo)} photos could not be read; {broken[0]}")
     return len(todo)
