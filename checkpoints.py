@@ -80,7 +80,7 @@ def load_parts(glid, path, parts, run):
 
 
 def load_backbone(glid, path, run):
-    """--init-backbone FILE: a Swin's run dict as torchvision, timm or the official repositories
+    """--init-backbone FILE: a Swin's state dict as torchvision, timm or the official repositories
     (Swin, SimMIM) write it, wrapped or not, of any precision and window."""
     path = path.removeprefix("torchvision:")                # how the flag was once spelled
     if not Path(path).is_file():
@@ -90,7 +90,7 @@ def load_backbone(glid, path, run):
     except pickle.UnpicklingError:
         raise InputError(f"--init-backbone {path}: not written by torch.save (a web page? or "
                          "safetensors?), or it holds more than tensors: then load it where you "
-                         "trust it, torch.load(FILE, weights_only=False), and save the run dict"
+                         "trust it, torch.load(FILE, weights_only=False), and save the state dict"
                          ) from None
     except BROKEN as error:
         raise InputError(f"--init-backbone {path}: not a readable file of weights "
@@ -118,7 +118,7 @@ def load_backbone(glid, path, run):
 
 
 def unwrapped(content):
-    """A file of weights -> its run dict without {"model": ...} or {"state_dict": ...} around it,
+    """A file of weights -> its state dict without {"model": ...} or {"state_dict": ...} around it,
     without the prefixes of wrappers, in fp32."""
     while isinstance(content, dict) and (inner := next(
             (content[k] for k in ("model", "state_dict", "model_state_dict", "module", "model_ema",

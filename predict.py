@@ -242,6 +242,7 @@ def network(model, config, weights):
 
 
 def flags():
+    """The command line; what a checkpoint knows is not asked again."""
     parser = training.Parser(__doc__)
     add = parser.add_argument
     add("checkpoint", help="best.pt or last.pt of a run")

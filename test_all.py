@@ -3419,7 +3419,8 @@ def test_every_command_starts():
     for path in ("bench.py", "curves.py", "formats/export.py", *(
             f"results/{p.name}" for p in sorted((HERE / "results").glob("*.py")))):
         spec = importlib.util.spec_from_file_location(Path(path).stem, HERE / path)
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        assert module.__doc__, path                 # says what it is for; --help prints it
 
 
 def test_sources():
