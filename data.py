@@ -176,29 +176,38 @@ class ToyWorld:
         return {k: v for k, v in self.samples[index].items() if k != "image"}
 
 
-def toy_count(path, default):
-    """"toyworld" or "toyworld:COUNT" -> number of scenes, None for a folder."""
-    name, _, count = str(path).partition(":")
+def toy_scenes(path, default):
+    """--data as the name of drawn scenes -> (training scenes, validation scenes, world), else None.
+
+    path: "toyworld[:TRAINING[:VALIDATION[:WORLD]]]"; default: training scenes. 256 validate by
+    default, or as many as train if these are fewer. Each WORLD (0, 1, ...) has scenes of its own:
+    what is tuned on one is reported on another.
+    """
+    name, *numbers = str(path).split(":")
     if name != "toyworld":
         return None
-    if count and not (count.isdecimal() and count.isascii() and int(count) > 0):
-        raise InputError(f"--data {path}: COUNT must be a positive number, as in toyworld:1000")
-    return int(count) if count else default
+    if len(numbers) > 3 or not all(n.isdecimal() and n.isascii() for n in numbers) \
+            or "0" in (str(int(n)) for n in numbers[:2]):
+        raise InputError(f"--data {path}: write toyworld, or toyworld:TRAINING:VALIDATION:WORLD "
+                         "from the left as far as you need, as in toyworld:1000")
+    train, val, world = (*map(int, numbers), *[None] * (3 - len(numbers)))
+    train = train or default
+    return train, val or min(train, 256), world or 0
 
 
 def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop", **reading):
     """(training, validation) source of annotated samples for fine-tuning.
 
-    path: "toyworld[:COUNT]" or a folder in one of formats/folders.py's layouts; size: px of
+    path: see toy_scenes, or a folder in one of formats/folders.py's layouts; size: px of
     ToyWorld's photos; keys: the annotations to keep; fraction: the share of the training samples to
     use, of ToyWorld the first ones, of a folder a random choice, always the same, larger ones
     containing smaller ones; overfit: validate on the training samples; on_error "skip": leave out
     what is broken (validation photos are all read once for that); reading: see open_folder.
     """
-    count = toy_count(path, 256)
-    if count:
-        sources = [ToyWorld(split, n, size, keys=keys) for split, n in
-                   (("train", max(1, round(fraction * count))), ("val", min(count, 256)))]
+    if scenes := toy_scenes(path, 256):
+        train, val, world = scenes
+        sources = [ToyWorld(split, n, size, world, keys) for split, n in
+                   (("train", max(1, round(fraction * train))), ("val", val))]
         return [sources[0], sources[0]] if overfit else sources
     train, val = open_folder(path, keys, on_error, **reading)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
@@ -284,27 +293,30 @@ class Pretraining:
 def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="stop"):
     """(training set, validation set) of Pretraining samples.
 
-    path: "toyworld[:COUNT]", or a folder with train/ and val/ inside (ImageNet's layout), or any
+    path: see toy_scenes, or a folder with train/ and val/ inside (ImageNet's layout), or any
     folder of photos, of which every 20th in path order is then kept for validation. Where there
     are labels beside a folder images/, or depth maps beside rgb/, only that is read.
     on_error "skip": validation photos are all read once, and the unreadable ones left out.
     """
     side = config.image_size // config.unit
+    if config.image_size % config.unit:
+        raise InputError(f"--size {config.image_size}: take a multiple of {config.unit}, the px of "
+                         "a unit")
     if not 0 < ratio < 1 or not 0 < int(side * side * (1 - ratio)):
         raise InputError(f"--mask-ratio {ratio}: leaves nothing to see or to predict of "
                          f"{side * side} units")
     if mask == "grid" and (ratio != 0.75 or side % 2):
         raise InputError("--mask grid keeps one unit of four: it needs --mask-ratio 0.75 and an "
                          "even number of units")
-    count = toy_count(path, 8192)
-    if count:
-        sources = [ToyWorld("train", count, config.image_size),
-                   ToyWorld("val", min(count, 256), config.image_size)]
+    if scenes := toy_scenes(path, 8192):
+        train, val, world = scenes
+        sources = [ToyWorld(split, n, config.image_size, world)
+                   for split, n in (("train", train), ("val", val))]
     else:
         train, val = photo_folders(Path(path))
         files = list_images(train)
         sources = [Photos(files), Photos(list_images(val))] if val else hold_out(files)
-    if on_error == "skip" and not count:
+    if on_error == "skip" and not scenes:
         sources[1] = readable(sources[1])
     return [Pretraining(s, train, config.image_size, config.unit, mask, ratio, seed)
             for s, train in zip(sources, (True, False))]
@@ -514,7 +526,7 @@ def open_segmentation(path, size, fraction=1.0, seed=0, tasks=("semantic",), ove
     """(training set, validation set) for the segmentation tasks; see open_sources. Instances alone
     may overlap; trained with other tasks they are the things of the panoptic map."""
     keys = ["semantic"] * ("semantic" in tasks)
-    if list(tasks) == ["instance"] and not toy_count(path, 1):
+    if list(tasks) == ["instance"] and not toy_scenes(path, 1):
         keys += ["masks"]
     elif "instance" in tasks or "panoptic" in tasks:
         keys += ["panoptic", "segments"]

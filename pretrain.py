@@ -42,16 +42,19 @@ def flags():
     """The command line; defaults are the paper's recipe."""
     parser = training.Parser(__doc__)
     training.add_flags(parser)
-    _, data, model, optimiser, _ = parser.adders()
+    _, data, model, optimiser, evaluation = parser.adders()
     data("--mask", choices=["random", "block", "grid"], default="random", help="which units are "
          "hidden (Table 7)")
     data("--mask-ratio", type=training.number(float, 0, 1), default=0.75,
          help="share of the units that is hidden")
+    model("--size", type=training.PIXELS, help="px, a multiple of the unit; default: the preset's")
     model("--norm-pix", action=argparse.BooleanOptionalAction, default=False,
           help="targets normalised per unit, as MAE; off in the paper's text")
     optimiser("--epochs", type=training.POSITIVE, default=600, help="length of the schedule")
     optimiser("--warmup-epochs", type=training.number(float, 0), default=40, help="linear; MAE's")
     optimiser("--weight-decay", type=training.number(float, 0), default=0.05, help="[paper]")
+    evaluation("--eval-every", type=training.POSITIVE, help="steps between evaluations; default: "
+               "once an epoch")
     parser.set_defaults(batch_size=64, out="out/pretrain")
     return parser
 
@@ -141,7 +144,7 @@ def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
 def main(args):
     """Train; returns {"loss": best validation error, "step": steps done}."""
     run = training.start(args)
-    config = training.model_config(args)
+    config = training.model_config(args, image_size=args.size)
     train, val = open_pretraining(args.data, config, args.mask, args.mask_ratio, args.seed,
                                   args.on_error)
     survey(args, train, val, run)
@@ -207,7 +210,7 @@ def main(args):
             step += 1
 
             # Now and then: a line of log, a checkpoint, an evaluation, or the end on a signal.
-            due = bar.due(step, args, per_epoch)
+            due = bar.due(step, args, args.eval_every or per_epoch)
             if due.log:
                 log.write(step=step, loss=bar.report(step), lr=lr)
             if due.save:

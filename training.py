@@ -108,7 +108,8 @@ def add_flags(parser):
         "whole step, by default on CUDA; of fine-tuning the blocks, by default not")
     run("--save-every", type=POSITIVE, default=500, help="steps between checkpoints")
     run("--seed", type=number(int, 0, 2**63), default=0, help="of all that is random")
-    data("--data", help="folder of the data set, or toyworld[:COUNT]: drawn photos")
+    data("--data", help="folder of the data set, or toyworld: drawn photos; "
+         "toyworld:1024:256 draws 1024 for training and 256 for validation")
     data("--workers", type=COUNT, default=4, help="data processes: read, augment, plan")
     data("--on-error", choices=("stop", "skip"), default="stop", help="at a broken photo or "
          "annotation: stop, or go on without it and count")
@@ -153,9 +154,9 @@ def parse(parser, presets, argv=None):
     return args
 
 
-def model_config(args):
-    """Config of the preset with the flags that change it."""
-    changes = {k: getattr(args, k) for k in ("window", "drop_path", "decoder_layers")}
+def model_config(args, **more):
+    """Config of the preset with the flags that change it, and with `more`, None = as it is."""
+    changes = {k: getattr(args, k) for k in ("window", "drop_path", "decoder_layers")} | more
     config = Config(**PRESETS[args.preset] | {k: v for k, v in changes.items() if v is not None})
     if config.decoder_layers % 3:
         raise InputError(f"--decoder-layers {config.decoder_layers}: take a multiple of 3, so that "
