@@ -57,6 +57,7 @@ import packing
 import pose
 import predict
 import pretrain
+import reproduce
 import throughput
 import toyworld
 import training
@@ -3987,6 +3988,64 @@ def test_wrong_input_is_one_line():
         assert not (at / "new/last.pt").exists()
 
 
+def reproduced(at, table, *flags):
+    """reproduce.py's Markdown of a table, its runs and results in `at`."""
+    return reproduce.main(reproduce.flags().parse_args(
+        [table, "--out", str(at / "out"), "--results", str(at / "results"), *flags]))
+
+
+def test_reproduce_makes_every_table_once():
+    """Each table and figure in its smallest size; runs that tables share are made once, one that
+    was stopped goes on, and a run of other flags is not taken for ours."""
+    size = "--data toyworld:20:2 --workers 0 --batch-size 2 --steps 1"
+    tiny = {"all": "", "pretrain": size, **dict.fromkeys(reproduce.TASKS, size)}
+    made, real = [], reproduce.do
+    note = lambda fit, version: made.append(fit) or real(fit, version)
+    with folder() as at, quiet(), mock.patch.dict(reproduce.RECIPES, tiny=tiny), \
+            mock.patch.object(reproduce, "do", note):
+        for table, runs in (("table3", 8), ("table4", 3), ("table5", 4), ("table6", 4),
+                            ("table7", 8), ("table8", 9), ("figure5", 0)):
+            before, flags = len(made), ["--tasks", "semantic"] * (table != "table3")
+            text = reproduced(at, table, "--seeds", "1", *flags)
+            assert len(made) - before == runs, (table, len(made) - before)
+            rows = len(reproduce.TABLES[table][1])
+            assert text.count("| 1 |") == (12 if table == "table3" else rows), text
+            assert len(json.loads((at / f"results/{table}-tiny.json").read_text())) > rows / 2
+        reproduced(at, "figure4", "--tasks", "depth,detection")
+        for name, least in (("figure4", 500), ("figure5", 300)):
+            assert Image.open(at / f"results/{name}-tiny.png").height > least
+        fit = made[1]
+        Path(fit.out, "run.json").unlink()                  # as if it were stopped before its end
+        assert real(fit, "abc") | {"seconds": 0} == {
+            "script": "finetune_seg", "flags": list(fit.argv), "seconds": 0, "resumed": True,
+            "device": reproduce.device(), "commit": "abc",
+            "evaluations": [e for e in map(json.loads, Path(fit.out, "log.jsonl").open())
+                            if "mIoU" in e]}
+        with raises(InputError, "--out", "other flags"):
+            real(fit._replace(argv=(*fit.argv, "--lr", "1")), "abc")
+
+
+def test_reproduce_compares_pairs():
+    """Means, standard errors and paired differences of known figures; which seed starts where."""
+    with folder() as at, quiet(), mock.patch.object(reproduce, "do", side_effect=AssertionError):
+        args = reproduce.flags().parse_args(["table4", "--out", str(at / "out")])
+        # the third seed of the second row is missing: only two are pairs
+        for row, values in zip(reproduce.PARTS, ((10, 12, 17), (13, 17), (1, 1, 1), (2, 4, 6))):
+            for seed, value in enumerate(values):
+                fit = reproduce.finetuning(args, row, "semantic", seed)
+                Path(fit.out).mkdir(parents=True)
+                Path(fit.out, "run.json").write_text(json.dumps({"flags": fit.argv, "evaluations": [
+                    {"step": 1, "mIoU": 0}, {"step": 2, "mIoU": value / 100}]}))
+        args.tasks, args.results = ["semantic"], str(at / "results")
+        lines = reproduce.report(args)[0].splitlines()
+        assert "| backbone | 2 | 15.0 ± 2.0 | +4.0 ± 1.0 | 7.5 ± 1.0 | +2.0 ± 0.5 | 50.9 |" in lines
+        assert "| + decoder | 3 | 4.0 ± 1.2 | +3.0 ± 1.2 | 2.0 ± 0.6 | +1.5 ± 0.6 | 52.7 |" in lines
+        fits = [reproduce.finetuning(args, reproduce.PARTS[3], "depth", s) for s in range(4)]
+        starts = [f.argv[f.argv.index("--init") + 1] for f in fits]
+        assert starts[0] == starts[3] and len(set(starts)) == 3
+        assert [f.argv[f.argv.index("--seed") + 1] for f in fits] == list("0123")
+
+
 def test_flags():
     """Presets change defaults, explicit flags win, the paper's recipe is the default; --help shows
     the defaults of the preset that it is given with."""
@@ -4060,7 +4119,7 @@ def main(pattern=""):
             count, failures = count + 1, failures + failed
             print(line, flush=True)
     print(f"{count - failures} passed, {failures} failed")
-    return failures > 0
+    return failures > 0 or not count
 
 
 if __name__ == "__main__":

@@ -1,0 +1,415 @@
+"""
+The tables and curves of the paper, each as one command; raw figures, a Markdown table and pictures
+go to results/.
+
+    python reproduce.py table4 --preset tiny --seeds 4 --jobs 2       # drawn photos, two CPU cores
+    python reproduce.py figure5 --preset tiny --seeds 4 --tasks depth # the same runs, as curves
+    python reproduce.py table4 --preset base --data DATA --jobs 8     # the paper's own, on 8 GPUs
+TABLE is table3 (several tasks in one network), table4 (parts of the pre-trained model), table5
+(decoder layers), table6 (length of pre-training), table7 (masks), table8 (few labels), figure4
+(attention maps) or figure5 (table4's runs as curves). DATA holds imagenet/, ADEChallengeData2016/,
+coco/ and nyu/ in their official formats; each run is one process on one GPU with the paper's batch.
+
+Tables share what they have in common: a run is made once, below --out. One that was stopped goes
+on, and results are written after each. Fine-tuning seed s starts from pre-training seed s mod 3,
+so that two rows with the same seeds are pairs, and a row's difference to the row above has an
+error of its own.
+"""
+import contextlib
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import ImageDraw
+from tqdm import tqdm
+
+import curves
+import draw
+import predict
+import pretrain
+import toyworld
+import training
+from attention import attention
+from data import InputError
+
+SEGMENTATION = ("semantic", "instance", "panoptic")
+# task: script, folder of --data, metric, factor as printed, decimals; RMSE is better if it is less
+TASKS = {
+    "semantic": ("finetune_seg", "ADEChallengeData2016", "mIoU", 100, 1),
+    "depth": ("finetune_depth", "nyu", "RMSE", 1, 3),
+    "detection": ("finetune_det", "coco", "AP", 100, 1),
+    "instance": ("finetune_seg", "ADEChallengeData2016", "AP", 100, 1),
+    "panoptic": ("finetune_seg", "ADEChallengeData2016", "PQ", 100, 1),
+    "pose": ("finetune_pose", "coco", "AP", 100, 1),
+}
+PRETRAININGS = 3
+
+# Flags of each preset's runs, besides the defaults of the scripts; docs/results.md says how those
+# of `tiny` were found
+RECIPES = {
+    # 96 px are the paper's 6 x 6 units, 9 of them visible, at half of its resolution
+    "tiny": {
+        "all": "--decoder-layers 6",
+        "pretrain": "--size 96 --data toyworld:16384:1024 --epochs 20 --eval-every 2560",
+        "semantic": "--size 96 --data toyworld:256:512 --query-lr 120",
+        "instance": "--size 96 --data toyworld:256:512 --query-lr 120",
+        "panoptic": "--size 96 --data toyworld:256:512 --query-lr 120",
+        "depth": "--crop 96 96 --data toyworld:256:512",
+        "detection": "--size 96 --data toyworld:256:512 --steps 640 --eval-every 160",
+        "pose": "--data toyworld:256:512 --eval-every 175",
+    },
+    "small": {
+        "all": "",
+        "pretrain": "--data toyworld:32768:1024 --epochs 100 --warmup-epochs 5 --eval-every 640",
+        **dict.fromkeys(SEGMENTATION, "--size 192 --data toyworld:4096:1024 --batch-size 16 "
+                        "--steps 4000 --eval-every 1000"),
+        "depth": "--crop 192 192 --data toyworld:4096:1024 --batch-size 16 --steps 4000 "
+                 "--eval-every 1000",
+        "detection": "--size 192 --data toyworld:4096:1024 --batch-size 16 --steps 8000 "
+                     "--eval-every 2000",
+        "pose": "--data toyworld:4096:1024 --batch-size 64 --epochs 40 --eval-every 1000",
+    },
+    # total batches of 2048 and 16 [paper], 512 for pose, by one process
+    "base": {"all": "", "pretrain": "--accumulate 32", "pose": "--accumulate 8",
+             **dict.fromkeys((*SEGMENTATION, "depth", "detection"), "--accumulate 8")},
+}
+
+
+class Row(NamedTuple):
+    """A row of a table."""
+    label: str
+    load: str = "backbone,bifpn,decoder"    # of the pre-trained model; None: from scratch
+    pretraining: dict = {}                  # flags that differ; of the epochs, a share
+    finetuning: dict = {}
+    tasks: tuple = None                     # trained together, see Table 3; None: each alone
+    paper: tuple = ()                       # what the paper reports, in the order of `columns`
+
+
+PARTS = (Row("nothing, from scratch", None, paper=(34.9, 0.753)),
+         Row("backbone", "backbone", paper=(50.9, 0.363)),
+         Row("+ BiFPN", "backbone,bifpn", paper=(51.1, 0.341)),
+         Row("+ decoder", paper=(52.7, 0.293)))
+# name: (tasks that are measured, rows)
+TABLES = {
+    "table3": (SEGMENTATION, (Row("each alone", paper=(52.7, 30.9, 44.7)), *(
+        Row(" + ".join(tasks), tasks=tasks, paper=paper) for tasks, paper in (
+            (("semantic", "instance"), (51.3, 29.1, None)),
+            (("semantic", "panoptic"), (52.1, None, 43.2)),
+            (("instance", "panoptic"), (None, 28.0, 41.5)),
+            (SEGMENTATION, (51.8, 28.5, 42.1)))))),
+    "table4": (tuple(TASKS), PARTS),
+    "table5": (("semantic", "depth"), tuple(
+        Row(label, pretraining=flags, finetuning=flags, paper=paper) for label, flags, paper in (
+            ("3 layers", {"decoder-layers": 3}, (50.7, 0.302)), ("6 layers", {}, (52.7, 0.293)),
+            ("9 layers", {"decoder-layers": 9}, (52.7, 0.292))))),
+    # the paper's 900 epochs and the names of two masks are lost in its text
+    "table6": (("semantic", "depth"), (PARTS[0], *(
+        Row(label, pretraining=flags, paper=paper) for label, flags, paper in (
+            ("half of the epochs", {"epochs": 0.5}, (51.5, 0.314)), ("all", {}, (52.7, 0.293)),
+            ("half as many again", {"epochs": 1.5}, ()))))),
+    "table7": (("semantic",), tuple(
+        Row(label, pretraining={"epochs": 0.5} | flags, paper=paper) for label, flags, paper in (
+            ("block", {"mask": "block"}, ()), ("grid", {"mask": "grid"}, ()),
+            ("random, 0.5", {"mask-ratio": 0.5}, (49.8,)),
+            ("random, 0.6", {"mask-ratio": 0.6}, (51.0,)), ("random, 0.75", {}, (51.5,))))),
+    "table8": (tuple(TASKS), tuple(
+        Row(f"{share:.0%} of the labels, {row.label}", row.load, paper=paper * (row is PARTS[3]),
+            finetuning={"data-fraction": share} if share < 1 else {})
+        for share, paper in ((0.1, (31.2, 0.317)), (0.2, (35.0, 0.303)), (0.5, (46.3, 0.295)),
+                             (1.0, (52.7, 0.293))) for row in PARTS[1:])),
+    "figure4": (tuple(TASKS), PARTS[3:]),
+    "figure5": (tuple(TASKS), PARTS),
+}
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+
+class Fit(NamedTuple):
+    """One run of a script."""
+    script: str
+    out: str
+    argv: tuple
+
+
+def words(args, kind, changes):
+    """The flags of a run of `kind`, "pretrain" or a task: of the later ones that repeat earlier
+    ones, argparse takes the later."""
+    recipe = RECIPES[args.preset]
+    line = ["--preset", args.preset, *recipe["all"].split(), *recipe[kind].split()]
+    if args.data:
+        folder = "imagenet" if kind == "pretrain" else TASKS[kind][1]
+        line += ["--data", str(Path(args.data, folder))]
+    if "epochs" in changes:                                 # a share of the recipe's
+        usual = training.parse(pretrain.flags(), pretrain.PRESETS, line).epochs
+        changes = changes | {"epochs": max(1, round(changes["epochs"] * usual))}
+    return [*line, *(word for name, value in changes.items() for word in (f"--{name}", str(value)))]
+
+
+def named(changes):
+    """A folder's name for what differs from the recipe."""
+    return " ".join(f"{k}={v}" for k, v in changes.items()) or "recipe"
+
+
+def pretraining(args, row, seed):
+    """The pre-training from which a row's fine-tuning `seed` starts: Fit."""
+    seed %= PRETRAININGS
+    out = Path(args.out, args.preset, "pretrain", named(row.pretraining), str(seed))
+    argv = *words(args, "pretrain", row.pretraining), "--seed", str(seed)
+    return Fit("pretrain", str(out), argv)
+
+
+def finetuning(args, row, task, seed):
+    """A row's fine-tuning for a task: Fit."""
+    together = ",".join(row.tasks or (task,))
+    start = f"{named(row.pretraining)} {row.load}" if row.load else "scratch"
+    out = Path(args.out, args.preset, together, start, named(row.finetuning), str(seed))
+    argv = [*words(args, task, row.finetuning), "--seed", str(seed)]
+    if TASKS[task][0] == "finetune_seg":
+        argv += ["--tasks", together]
+    if row.load:
+        argv += ["--init", str(Path(pretraining(args, row, seed).out, "best.pt")), "--load",
+                 row.load]
+    return Fit(TASKS[task][0], str(out), tuple(argv))
+
+
+def do(fit, commit):
+    """Make a run, or go on with it, if it is not there already; returns what run.json then holds.
+    What the script prints goes to OUT/output.txt."""
+    out = Path(fit.out)
+    if (found := finished(fit)):
+        return found
+    out.mkdir(parents=True, exist_ok=True)
+    script, begun = import_module(fit.script), time.perf_counter()
+    resume = ["--resume"] * (out / "last.pt").exists()
+    args = training.parse(script.flags(), script.PRESETS, [*fit.argv, "--out", fit.out, *resume])
+    with open(out / "output.txt", "a", encoding="utf-8") as file, \
+            contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        script.main(args)
+    rows = [json.loads(line) for line in
+            (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    content = {"script": fit.script, "flags": list(fit.argv), "seconds":
+               round(time.perf_counter() - begun, 1), "resumed": bool(resume), "device": device(),
+               "commit": commit, "evaluations": [row for row in rows if "lr" not in row]}
+    (out / "run.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+    return content
+
+
+def finished(fit):
+    """What OUT/run.json holds, None if the run is not finished."""
+    path = Path(fit.out, "run.json")
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content["flags"] != list(fit.argv):
+        raise InputError(f"--out {fit.out}: holds a run of other flags; remove it, or give another "
+                         "--out")
+    return content
+
+
+def device():
+    """What computes: the GPU's name, or the CPU's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} thread(s)"
+    return platform.processor() or platform.machine()
+
+
+def commit():
+    """The commit of this code, "+" if files were changed since."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+",
+             "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
+
+
+def prepare(number, jobs):
+    """A worker's share of the machine: its cores, and one GPU."""
+    with number.get_lock():
+        number.value += 1
+        mine = number.value
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    if gpus := torch.cuda.device_count():
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(mine % gpus)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # the loops of the scripts listen
+
+
+def do_all(fits, jobs, after):
+    """Make all runs, `jobs` at a time; after() is called after each."""
+    fits, version = [f for f in dict.fromkeys(fits) if not finished(f)], commit()
+    with tqdm(total=len(fits), desc="runs", file=sys.stdout) as bar:
+        def told(fit, content):
+            last = {k: v for k, v in content["evaluations"][-1].items() if k != "step"}
+            words = ", ".join(f"{k} {v:.4g}" for k, v in list(last.items())[:3])
+            bar.write(f"{fit.out}: {words} ({content['seconds']:.0f} s)", file=sys.stdout)
+            bar.update()
+            after()
+        if jobs == 1:
+            for fit in fits:
+                told(fit, do(fit, version))
+            return
+        context = get_context("spawn")
+        with ProcessPoolExecutor(jobs, context, prepare, (context.Value("i", -1), jobs)) as pool:
+            waiting = {pool.submit(do, fit, version): fit for fit in fits}
+            try:
+                for done in as_completed(waiting):
+                    told(waiting[done], done.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+# -----------------------------------------------------------------------------
+# Results
+
+
+def spread(values, factor, decimals, sign=""):
+    """Mean and its standard error, as printed; one value has no error."""
+    values = [factor * v for v in values]
+    mean = f"{statistics.mean(values):{sign}.{decimals}f}" if values else ""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return mean if error is None else f"{mean} ± {error:.{decimals}f}"
+
+
+def markdown(args, found):
+    """The table; found: {(label of a row, task): {seed: what run.json holds}}."""
+    columns, rows = TABLES[args.table]
+    lines = [f"# {args.table}, preset {args.preset}", "", "Mean ± standard error over the seeds, "
+             "at the end of the schedule and of the mean of all evaluations. A difference is to "
+             "the row above, over the seeds that both have.", ""]
+    for task in args.tasks:
+        *_, metric, factor, decimals = TASKS[task]
+        lines += [f"| {task}, {metric} | seeds | at the end | difference | mean of evaluations | "
+                  "difference | paper |", "|---" * 7 + "|"]
+        above = {}, {}
+        for row in rows:
+            if task not in (row.tasks or columns):
+                continue
+            points = {seed: [e[metric] for e in run["evaluations"]]
+                      for seed, run in found[row.label, task].items()}
+            both = ({seed: p[-1] for seed, p in points.items()},
+                    {seed: statistics.mean(p) for seed, p in points.items()})
+            cells = [row.label, str(len(points))]
+            for mine, other in zip(both, above):
+                pairs = [mine[seed] - other[seed] for seed in mine if seed in other]
+                cells += [spread(mine.values(), factor, decimals),
+                          spread(pairs, factor, decimals, "+")]
+            paper = dict(zip(columns, row.paper)).get(task)
+            lines.append("| " + " | ".join([*cells, str(paper or "")]) + " |")
+            above = both
+        lines.append("")
+    return "\n".join(lines)
+
+
+def convergence(args, found):
+    """Figure 5: the mean over the seeds at each evaluation, a panel for each task: PIL image."""
+    labels, panels = [row.label for row in PARTS], []
+    for task in args.tasks:
+        metric = TASKS[task][2]
+        lines = {label: [(same[0]["step"], statistics.mean(e[metric] for e in same)) for same in
+                         zip(*(run["evaluations"] for run in found[label, task].values()))]
+                 for label in labels}
+        if any(lines.values()):
+            panels.append(curves.panel(f"{task}, {metric}", lines))
+    rows = [draw.beside(panels[i:i + 3]) for i in range(0, len(panels), 3)]
+    return draw.below([*rows, curves.legend(labels, rows[0].width)]) if rows else None
+
+
+def attention_maps(args):
+    """Figure 4: where two queries of each model look in the same drawn photo: PIL image."""
+    row, rows = PARTS[3], []
+    photo = torch.from_numpy(toyworld.scene(0, 3_000_000, 192)["image"]).permute(2, 0, 1)
+    fits = [pretraining(args, row, 0), *(finetuning(args, row, task, 0) for task in args.tasks)]
+    for name, fit in zip(("pre-training", *args.tasks), fits):
+        if finished(fit):
+            model = predict.load(Path(fit.out, "best.pt"))
+            queries = [1, 2] if name == "pre-training" else None        # else the surest
+            picture = attention(model, photo, model(photo), queries)
+            rows.append(picture.crop((0, 0, picture.width, picture.height // 2)))
+            ImageDraw.Draw(rows[-1]).text((4, 4), name, "white", draw.font(20), stroke_width=2,
+                                          stroke_fill="black")
+    return draw.below(rows) if rows else None
+
+
+def report(args):
+    """Write what is there: results/TABLE-PRESET.json, .md, and .png of a figure; the Markdown."""
+    columns, rows = TABLES[args.table]
+    fits = {(row, task, seed): finetuning(args, rows[row], task, seed) for row in range(len(rows))
+            for task in args.tasks if task in (rows[row].tasks or columns)
+            for seed in range(args.seeds)}
+    found, runs = defaultdict(dict), []
+    for (row, task, seed), fit in fits.items():
+        if run := finished(fit):
+            found[rows[row].label, task][seed] = run
+            runs.append({"row": rows[row].label, "task": task, "seed": seed} | run)
+    for name in dict.fromkeys(pretraining(args, row, seed) for row in rows if row.load
+                              for seed in range(args.seeds)):
+        if run := finished(name):
+            runs.append({"row": "pre-training", "out": name.out} | run)
+    path = Path(args.results, f"{args.table}-{args.preset}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(run) for run in runs)
+    text = markdown(args, found)
+    path.with_suffix(".json").write_text(f"[{lines}]\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text, found, path
+
+
+def main(args):
+    """Make the runs of a table, write its results; returns the Markdown."""
+    columns, rows = TABLES[args.table]
+    args.tasks = args.tasks or list(columns)
+    if unknown := set(args.tasks) - set(columns):
+        raise InputError(f"--tasks {unknown.pop()}: {args.table} has {', '.join(columns)}")
+    if not args.data and "--data" not in RECIPES[args.preset]["pretrain"]:
+        raise InputError(f"--data is missing: --preset {args.preset} has no drawn photos")
+    seeds = range(1 if args.table == "figure4" else args.seeds)
+    wanted = [(row, task, seed) for seed in seeds for task in args.tasks for row in rows
+              if task in (row.tasks or columns)]
+    first = [pretraining(args, row, seed) for row, _, seed in wanted if row.load]
+    do_all(first, args.jobs, lambda: None)
+    do_all([finetuning(args, *run) for run in wanted], args.jobs, lambda: report(args))
+    text, found, path = report(args)
+    draws = {"figure4": lambda: attention_maps(args), "figure5": lambda: convergence(args, found)}
+    if args.table in draws:
+        draw.save(draws[args.table](), path.with_suffix(".png"))
+    print(f"{text}\n{path}.md, {path}.json")
+    return text
+
+
+def flags():
+    """The command line."""
+    parser = training.Parser(__doc__)
+    add = parser.add_argument
+    add("table", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
+    add("--preset", choices=RECIPES, default="tiny", help="sizes and recipe: tiny, small, or base, "
+        "which is the paper's")
+    add("--tasks", type=lambda text: text.split(","), help="some of the table's, as "
+        "semantic,depth (default: all)")
+    add("--seeds", type=training.POSITIVE, default=3, help="fine-tunings of each row")
+    add("--jobs", type=training.POSITIVE, default=1, help="runs at a time: one a GPU, or a core")
+    add("--data", help="folder of the official data sets; without it tiny and small draw photos")
+    add("--out", default="out/reproduce", help="folder of the runs")
+    add("--results", default="results", help="folder of the figures")
+    return parser
+
+
+if __name__ == "__main__":
+    training.launch(main, flags().parse_args())
