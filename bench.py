@@ -20,7 +20,7 @@ multiply-add.
 
 data: images per second of one core's time, at the paper's sizes: decode, read the labels, augment.
 FOLDER holds imagenet/, photos/ (loose ones), coco/, ADEChallengeData2016/ and nyu/ in the official
-layouts, or some of them; without it, 640 px ToyWorld photos are written to a temporary folder.
+formats, or some of them; without it, 640 px ToyWorld photos are written to a temporary folder.
 """
 import argparse
 import json

@@ -198,7 +198,7 @@ def toy_scenes(path, default):
 def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop", **reading):
     """(training, validation) source of annotated samples for fine-tuning.
 
-    path: see toy_scenes, or a folder in one of formats/folders.py's layouts; size: px of
+    path: see toy_scenes, or a folder in one of formats/folders.py's formats; size: px of
     ToyWorld's photos; keys: the annotations to keep; fraction: the share of the training samples to
     use, of ToyWorld the first ones, of a folder a random choice, always the same, larger ones
     containing smaller ones; overfit: validate on the training samples; on_error "skip": leave out
@@ -293,7 +293,7 @@ class Pretraining:
 def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="stop"):
     """(training set, validation set) of Pretraining samples.
 
-    path: see toy_scenes, or a folder with train/ and val/ inside (ImageNet's layout), or any
+    path: see toy_scenes, or a folder with train/ and val/ inside (ImageNet's format), or any
     folder of photos, of which every 20th in path order is then kept for validation. Where there
     are labels beside a folder images/, or depth maps beside rgb/, only that is read.
     on_error "skip": validation photos are all read once, and the unreadable ones left out.

@@ -70,7 +70,7 @@ def flags():
     positive, share = training.POSITIVE, training.number(float, 0, 1)
     label = training.number(int, 0, 65535)
     data("--first-label", type=label, help="in a folder of label PNGs, the first class's value; "
-         "less is no class (default: 1 in ADE20K's layout, else 0)")
+         "less is no class (default: 1 in ADE20K's format, else 0)")
     data("--ignore-label", type=label, help="a value, besides 255, that is no class")
     model("--tasks", type=task_names, default="semantic", metavar="TASKS", help="some of "
           "semantic,instance,panoptic")

@@ -81,7 +81,7 @@ class WindowAttention(nn.Module):
         self.register_buffer("bias_index", index.view(-1), persistent=False)    # [S * S]
 
     def forward(self, x, windows):
-        """[T, C] -> [T, C]; windows: see layout.Windows."""
+        """[T, C] -> [T, C]; windows: see tokens.Windows."""
         dim, slots = x.shape[1], round(len(self.bias_index) ** 0.5)
         # whole rows of qkv are gathered: all heads of a token lie together
         rows = Spread.apply(self.qkv(x), windows.token, windows.place)          # [G * S, 3 C]

@@ -131,7 +131,7 @@ def person(u):
 # -----------------------------------------------------------------------------
 # the photo
 
-def layout(rng):
+def arrange(rng):
     """All random choices of one scene, in metres and image widths, hence the same at every size."""
     u = rng.uniform
     base, second = (GRASS, SAND)[rng.integers(2)], (ROAD, ROAD, WATER, 0)[rng.integers(4)]
@@ -249,7 +249,7 @@ def scene(seed, index, size):
     i at i as in COCO, v = 2 visible, 1 hidden, 0 outside; all 0 for what is no person).
     """
     rng = np.random.default_rng([seed, index])
-    w = layout(rng)
+    w = arrange(rng)
     image, semantic, z, ground_x = backdrop(w, size)
     depth = np.where(z < np.inf, np.minimum(z, np.float32(MAX_DEPTH)), 0)  # 0 = sky, not valid
     depth = np.repeat(depth[:, None], size, 1)

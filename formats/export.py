@@ -1,4 +1,4 @@
-"""ToyWorld on disk, in the official layouts, so that every real loader can be tried without a
+"""ToyWorld on disk, in the official formats, so that every real loader can be tried without a
 download; and a contact sheet to look at.
 
     python -m formats.export --preview sheet.png

@@ -72,7 +72,7 @@ def split_folders(root, split, *groups):
 
 
 def find_pairs(root, photo_words, label_words, on_error):
-    """{split: (folder of labels, records with photo, id and label)}; {} if the layout is another.
+    """{split: (folder of labels, records with photo, id and label)}; {} if the format is another.
     Photo and PNG have the same name but for the ending. Without train/ and val/ the split is
     None."""
     found = {}
@@ -198,7 +198,7 @@ def refuse_doubtful(root, counts):
 
 
 def open_masks(root, keys, on_error, ignore_label=None, first_label=None):
-    """[training, validation] of photos and label maps; None if the folder has another layout."""
+    """[training, validation] of photos and label maps; None if the format is another."""
     found = find_pairs(root, PHOTOS, LABELS, on_error)
     if not found:
         return None
@@ -308,7 +308,8 @@ def read_metres(scale, record):
 
 
 def open_lists(root, on_error, scale):
-    """BTS's layout: each line of a list names photo, depth map and (not used) focal length."""
+    """BTS's format, where each line of a list names photo, depth map and (not used) focal length ->
+    [training, validation], or None without a list of training photos."""
     lists = [sorted(p for p in root.glob(f"*{s}_files_with_gt.txt") if p.name[0] != ".")
              for s in ("train", "test")]
     if not lists[0]:
@@ -338,14 +339,14 @@ def open_lists(root, on_error, scale):
 
 
 # -----------------------------------------------------------------------------
-# Which layout
+# Which format
 
 
 def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None,
                 depth_scale=1000.0):
     """[training, validation] Source with the labels named in `keys`.
 
-    The layout is recognised by what lies in the folder. Photos without objects stay in the set
+    The format is recognised by what lies in the folder. Photos without objects stay in the set
     (DETR's and the evaluation's rule), but not in training with masks (Mask2Former's).
     on_error: "stop" at what is broken, or "skip" it and say so on stderr.
     """
