@@ -40,6 +40,7 @@ SPLIT_START = {"train": 0, "val": 2_000_000}
 # radius 0 fills the polygon; otherwise a round pen follows the points (one point = a disc).
 
 def rectangle(x0, y0, x1, y1):
+    """The four corners (x, y) of a part."""
     return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
 
