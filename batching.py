@@ -71,7 +71,7 @@ def steps_per_epoch(length, args, run, what):
 
 
 def schedule(length, args, run):
-    """Steps of the whole run: --steps, else --epochs; 0 with --eval, which needs no training."""
+    """Steps of the whole run: --steps, else --epochs; 0 with --eval, which needs none."""
     if args.eval:
         return 0
     per_epoch = steps_per_epoch(length, args, run, f"--data {args.data}")

@@ -199,7 +199,7 @@ def resume(args, model, optimizer, run, dataset):
 def save_checkpoint(args, model, optimizer, run, step, best, dataset, is_best=False,
                     ungraded=False):
     """Rank 0 writes OUT/last.pt, from which a run resumes, and OUT/best.pt, without optimiser. Both
-    hold config, preset, flags, what the dataset means. FloatingPointError for a weight of NaN.
+    hold config, preset, flags, what the dataset means. FloatingPointError for inf or NaN in them.
     ungraded: this step's evaluation comes after it; a run that dies there begins with it."""
     if not all(p.isfinite().all() for p in model.parameters()):     # the same on all processes
         raise FloatingPointError(f"a weight is not finite after step {step}: lower --lr; the "

@@ -204,8 +204,8 @@ def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop",
     ToyWorld's photos; keys: the annotations to keep; fraction: the share of the training samples to
     use, of ToyWorld the first ones, of a folder a random choice, always the same, larger ones
     containing smaller ones; overfit: validate on the training samples; on_error "skip": leave out
-    what is broken (validation photos are all read once for that); reading: see open_folder, and
-    for InputError too.
+    what is broken (validation photos are all read once for that); reading: see open_folder.
+    Raises InputError, as that does.
     """
     if scenes := toy_scenes(path, 256):
         train, val, world = scenes
@@ -346,7 +346,7 @@ def photo_folders(root):
 
 
 def hold_out(files):
-    """List of files -> [training, validation] Photos: every 20th validates; InputError for one."""
+    """List of files -> [training, validation] Photos: every 20th validates; one: InputError."""
     if len(files) < 2:
         raise InputError(f"--data {files[0].parent}: one photo; training and validation need two")
     return [Photos([f for i, f in enumerate(files) if i % 20]), Photos(files[::20])]

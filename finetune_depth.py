@@ -66,10 +66,9 @@ def flags():
 
 
 def depth_loss(depth, targets, patch, min_depth=0.0, max_depth=math.inf):
-    """SILog, a scalar, of depth [B, h, w], metres, a padded canvas, with the truths, targets[b]
-    ["depth"] float [H_b, W_b], at their full size,
-    where they lie between the limits: what is graded nothing teaches nothing, as the last value of
-    a sensor that saw no end.
+    """SILog, a scalar, of depth float [B, h, w], metres, a padded canvas, with the "depth" of the
+    targets, B dicts, [H_b, W_b] at full size, where it lies between the limits: what is graded
+    nothing teaches nothing, as the last value of a sensor that saw no end.
 
     Image by image, as at test, so that an image gets what it gets alone: with aligned corners the
     padding of a canvas would move every pixel of it.

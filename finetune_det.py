@@ -108,7 +108,7 @@ def evaluate(model, dataset, args, run, path=None):
 
 
 def drawn(photo, truth, guess, classes, threshold=0.3):
-    """Photo with the true boxes beside it with those predicted above the threshold: PIL image."""
+    """The photo with the true boxes, and with those predicted above the threshold: PIL image."""
     sure = guess["scores"] > threshold
     found = guess["boxes"][sure], guess["labels"][sure]
     texts = [classes[k] for k in truth["labels"]], [classes[k] for k in found[1]]

@@ -304,7 +304,7 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Cross-attention, self-attention, feed-forward, each pre-norm and residual: [B, Q, D] -> same.
+    """Cross- and self-attention, feed-forward, all pre-norm, residual: [B, Q, D] -> [B, Q, D].
 
     The paper says "cross-attention and self-attention blocks", no norm, no width of the feed-
     forward: pre-norm as in the authors' earlier MixMIM, 4 D as in all of its relatives.

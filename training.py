@@ -362,8 +362,8 @@ def precision(device):
 
 
 def start(args):
-    """Join the process group torchrun describes, if any; say what runs where; claim OUT, InputError
-    if it is taken: Run."""
+    """Join the process group torchrun describes, if any; say what runs where; claim OUT. Returns
+    Run; InputError if OUT is taken."""
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     dtype, words = precision(device)
     run = Run(device, dtype=dtype)

@@ -1,8 +1,9 @@
 """
 COCO's files -> Source: instances_*.json (boxes, masks), person_keypoints_*.json, panoptic_*.json.
 
-Whatever they say is checked when they are opened: what is wrong raises InputError, or with on_error
-"skip" its photo is left out. Masks stay outlines until their photo is read.
+Whatever they say is checked when they are opened: what is wrong raises InputError; with on_error
+"skip" photos that are missing or wrongly annotated are left out. Masks stay outlines until their
+photo is read.
 """
 import contextlib
 import os

@@ -317,9 +317,9 @@ class Source:
 
 
 def read_photo(path, size, habit=lambda: True):
-    """A photo uint8 [3, H, W] whose labels are made for size = (H, W): upright or as stored, what
-    fits, InputError if none does; if both do as habit() says: whether the labels of this data set
-    are for upright photos."""
+    """Photo uint8 [3, H, W] whose labels are made for size = (H, W): upright or as stored, as it
+    fits, and where both do as habit() says: whether the labels of this data set are for upright
+    photos. InputError if neither fits."""
     with opened(path) as image:
         number, stored = orientation(image), image.size[::-1]
         shown = stored[::-1] if number > 4 else stored
@@ -349,7 +349,7 @@ def limit_classes(path, names):
 
 def hold_out(root, source):
     """[training, validation] of a data set without a validation part: every 20th photo, of those
-    that show an object where that is known without reading them. InputError for less than two."""
+    that show an object where that is known without reading them. InputError for fewer than two."""
     if len(source) < 2:
         raise InputError(f"--data {root}: one photo; training and validation need two")
     full = [i for i, r in enumerate(source.records) if shows(r)]

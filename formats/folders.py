@@ -9,10 +9,10 @@ Folders as people download them -> annotated photos, one Source each for trainin
     depth    {rgb,depth}/{train,val} or {train,val}/{rgb,depth}
 
 No list of classes stands in the code: names and numbers come from the files. Annotations are
-checked when a folder is opened, pixels when they are read: what is wrong raises InputError, or with
-on_error "skip" it is left out. Boxes and keypoints are in pixels of the
-photo as its annotation sees it; an EXIF rotation is applied unless only the stored pixels have the
-annotation's size.
+checked when a folder is opened, pixels when they are read: what is wrong raises InputError; with
+on_error "skip" such photos are left out. Boxes and keypoints are in pixels of the photo as its
+annotation sees it; an EXIF rotation is applied unless only the stored pixels have the annotation's
+size.
 """
 import contextlib
 from functools import partial
