@@ -36,7 +36,8 @@ def recorded(decoder):
 
 
 def weights(module, queries, keys):
-    """Attention weights of the only image, mean over the heads: [Q, K], rows sum to 1."""
+    """Queries [1, Q, D] and keys [1, K, D] of a model.Attention -> its weights float [Q, K], mean
+    over the heads; rows sum to 1."""
     q, k = (f(x)[0].unflatten(-1, (module.heads, -1)).transpose(0, 1)       # [h, *, d]
             for f, x in ((module.q, queries), (module.k, keys)))
     return (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1).mean(0)
@@ -47,7 +48,8 @@ def attention(model, photo, answer, queries=None):
     """A row for each query: what it answers, and where it looks at 1/32, 1/16 and 1/8: PIL image.
 
     model: predict.Model; photo uint8 [3, H, W]; answer: the model's; queries: their numbers, or
-    None for the surest. Several tasks stand one below the other.
+    None for the surest; InputError for one that is not there. Several tasks stand one below the
+    other.
     """
     longest = max(photo.shape[1:])
     size = [max(2, round(n * min(1, SIDE / longest))) for n in photo.shape[1:]]
@@ -60,7 +62,7 @@ def attention(model, photo, answer, queries=None):
 
 
 def rows(model, small, photo, answer, asked, queries):
-    """attention for one task; small: the photo as it is shown."""
+    """attention for one task; small: the photo as it is shown; asked: Segmenter's, or None."""
     net, device, config = model.network, model.run.device, model.network.glid.config
     if model.task == "pose":
         box = answer["boxes"][:1].numpy() if len(answer["boxes"]) else [
@@ -96,8 +98,8 @@ def rows(model, small, photo, answer, asked, queries):
 
 
 def bins(net, pixels, layout):
-    """DepthEstimator in parts: middles of the bins [M] in metres, share of each at each pixel [M,
-    h, w] (Eq. 5 and 6)."""
+    """DepthEstimator in parts: normalised pixels float [1, 3, H, W] -> middles of the bins [M] in
+    metres, share of each at each pixel [M, h, w] (Eq. 5 and 6)."""
     x, maps = net.glid.ask(pixels, layout, net.offsets)
     map4 = layout.to_grid(maps[0], 0)
     logits = torch.einsum("bmd,bhwd->bmhw", net.embed(x[-1]), map4)

@@ -62,7 +62,7 @@ class Batches:
 
 
 def steps_per_epoch(length, args, run, what):
-    """Optimiser steps that `length` training samples fill; what: the flag to name if none."""
+    """Optimiser steps that `length` training samples fill; none: InputError that names `what`."""
     total = args.batch_size * run.world * args.accumulate
     if length < total:
         raise InputError(f"{what}: {length} training images are fewer than one step takes ({total})"
@@ -71,7 +71,7 @@ def steps_per_epoch(length, args, run, what):
 
 
 def schedule(length, args, run):
-    """Steps of the whole run: --steps, else --epochs. Evaluation alone needs no training set."""
+    """Steps of the whole run: --steps, else --epochs; 0 with --eval, which needs none."""
     if args.eval:
         return 0
     per_epoch = steps_per_epoch(length, args, run, f"--data {args.data}")
@@ -79,7 +79,7 @@ def schedule(length, args, run):
 
 
 def share(length, args, run):
-    """Index lists of this process for evaluation: every sample once, on exactly one process."""
+    """Lists of (0, index) of this process for evaluation: every sample once, on one process."""
     mine = [(0, i) for i in range(run.rank, length, run.world)]
     return [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
 
@@ -233,7 +233,8 @@ def training_loader(dataset, args, run, start, stop, collate, config, kinds=1):
 
 class Skipping:
     """A training set in which the next readable sample takes the place of an unreadable one, which
-    is told on stderr once. `broken` is shared with the data processes: bool per sample."""
+    is told on stderr once; InputError if none is. `broken` is shared with the data processes: bool
+    per sample."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -261,7 +262,7 @@ def skip_broken(dataset, args):
 
 
 class Timed:
-    """Iterate a loader and know the share of time spent waiting for data."""
+    """Iterate a loader; share() is the share of the time, 0..1, spent waiting for data."""
 
     def __init__(self, loader):
         self.iterator, self.waited, self.begun = iter(loader), 0.0, time.perf_counter()

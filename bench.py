@@ -20,7 +20,7 @@ multiply-add.
 
 data: images per second of one core's time, at the paper's sizes: decode, read the labels, augment.
 FOLDER holds imagenet/, photos/ (loose ones), coco/, ADEChallengeData2016/ and nyu/ in the official
-layouts, or some of them; without it, 640 px ToyWorld photos are written to a temporary folder.
+formats, or some of them; without it, 640 px ToyWorld photos are written to a temporary folder.
 """
 import argparse
 import json
@@ -222,7 +222,7 @@ def read_pil(source, index, labels=True):
 
 
 def torchvision_pose(dataset, index):
-    """A person's crop with torchvision's means, its random numbers drawn as ours."""
+    """A person's crop uint8 [3, H, W] by torchvision's means, its random numbers drawn as ours."""
     i, k = dataset.people[index]
     box, keypoints = (dataset.truths[i][name][k] for name in ("boxes", "keypoints"))
     centre, size, degrees, mirrored = pose.random_view(box, keypoints, *dataset.size)
@@ -240,7 +240,7 @@ def torchvision_pose(dataset, index):
 
 
 def loaders(root):
-    """(name, our training set, torchvision's way to a sample of it) for what lies in root."""
+    """(name, our training set, index -> torchvision's sample of it) for what lies in root."""
     flip, jitter = v2.RandomHorizontalFlip(), v2.ColorJitter
     colours = [v2.RandomApply([j]) for j in (jitter(brightness=(0.875, 1.125)),
                jitter(contrast=0.5), jitter(saturation=0.5), jitter(hue=0.1))]

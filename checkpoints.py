@@ -19,7 +19,7 @@ PARTS = ("backbone", "bifpn", "decoder")        # what a task can inherit (Table
 
 
 def save(state, path):
-    """Write under another name, flush, rename: a kill at any moment leaves a whole checkpoint."""
+    """Write, flush, rename: a kill at any moment leaves a whole file. InputError if it cannot."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -34,7 +34,7 @@ def save(state, path):
 
 
 def read(path, flag):
-    """Read a checkpoint of ours; plain tensors and plain types only."""
+    """A checkpoint of ours -> dict of plain types and CPU tensors; InputError if it is none."""
     if not Path(path).is_file():
         hint = "; pretrain.py writes it as best.pt below its --out" * (flag == "--init")
         raise InputError(f"{flag} {path}: no such file{hint}")
@@ -49,7 +49,7 @@ def read(path, flag):
 
 
 def load_pretrained(glid, args, run):
-    """What a fine-tuning starts from: --init-backbone, --init with --load, or nothing."""
+    """Fill a GLID with what a run starts from: --init-backbone, --init with --load, or nothing."""
     if args.init_backbone:
         load_backbone(glid, args.init_backbone, run)
     if args.init:
@@ -57,7 +57,7 @@ def load_pretrained(glid, args, run):
 
 
 def load_parts(glid, path, parts, run):
-    """Copy the named parts of a pre-trained GLID; every tensor of a part must be there and fit."""
+    """Copy the named parts of a pre-trained GLID; InputError unless every tensor of them fits."""
     checkpoint = read(path, "--init")
     for part in parts:
         if part not in PARTS:
@@ -81,7 +81,7 @@ def load_parts(glid, path, parts, run):
 
 def load_backbone(glid, path, run):
     """--init-backbone FILE: a Swin's state dict as torchvision, timm or the official repositories
-    (Swin, SimMIM) write it, wrapped or not, of any precision and window."""
+    (Swin, SimMIM) write it, wrapped or not, of any precision and window; else InputError."""
     path = path.removeprefix("torchvision:")                # how the flag was once spelled
     if not Path(path).is_file():
         raise InputError(f"--init-backbone {path}: no such file")
@@ -149,7 +149,7 @@ def answer_names(dataset):
 
 
 def compare(checkpoint, path, args, dataset):
-    """Refuse a checkpoint that other flags made or whose answers mean something else."""
+    """InputError for a checkpoint that other flags made or whose answers mean something else."""
     then, now = checkpoint["args"], vars(args)
     bound = ANSWERS if args.eval else now.keys() - CHANGEABLE
     changed = [k for k in now if k in bound and then.get(k) != now[k]]
@@ -171,7 +171,7 @@ def compare(checkpoint, path, args, dataset):
 
 def resume(args, model, optimizer, run, dataset):
     """Restore OUT/last.pt with --resume, OUT/best.pt with --eval, if the flags and what `dataset`
-    means are still the same.
+    means are still the same, else InputError.
 
     Returns (step, best metric so far, whether the evaluation of this step is still to be done);
     (0, None, False) for a new run.
@@ -198,8 +198,8 @@ def resume(args, model, optimizer, run, dataset):
 
 def save_checkpoint(args, model, optimizer, run, step, best, dataset, is_best=False,
                     ungraded=False):
-    """Rank 0 writes OUT/last.pt, from which a run resumes, and OUT/best.pt, which holds no
-    optimiser. Both know what they are: config, preset, flags, what the dataset means.
+    """Rank 0 writes OUT/last.pt, from which a run resumes, and OUT/best.pt, without optimiser. Both
+    hold config, preset, flags, what the dataset means. FloatingPointError for inf or NaN in them.
     ungraded: this step's evaluation comes after it; a run that dies there begins with it."""
     if not all(p.isfinite().all() for p in model.parameters()):     # the same on all processes
         raise FloatingPointError(f"a weight is not finite after step {step}: lower --lr; the "

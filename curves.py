@@ -26,7 +26,8 @@ COLOURS = [tuple(c) for c in draw.HUES[[4, 5, 2, 6, 0, 1, 3]].tolist()]     # da
 
 
 def read_log(run):
-    """log.jsonl of a run -> {name: [(step, value), ...]}, "loss" among them; in the log's order."""
+    """log.jsonl of a run -> {name: [(step, value), ...]}, "loss" among them, in the log's order;
+    InputError if nothing can be read."""
     path = Path(run, "log.jsonl") if Path(run).is_dir() else Path(run)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -50,7 +51,7 @@ def read_log(run):
 
 
 def ticks(low, high, count=5):
-    """Round numbers within low..high, about `count`."""
+    """Round numbers within low..high, about `count`: float [n]."""
     step = 10.0 ** math.floor(math.log10(max(high - low, 1e-12) / count))
     step = next(step * f for f in (1, 2, 5, 10, 20) if (high - low) / (step * f) <= count)
     return np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
@@ -90,7 +91,7 @@ def panel(title, curves):
 
 
 def legend(names, width):
-    """The runs' names with the colours of their curves, in lines of at most `width` px."""
+    """The runs' names with the colours of their curves, in lines of up to `width` px: PIL image."""
     face, x, y, places = draw.font(13), LEFT, 4, []
     for name in names:
         name, face = draw.fitted(name, 13, width - LEFT - 50)
@@ -108,7 +109,8 @@ def legend(names, width):
 
 
 def figure(runs, metrics=None):
-    """{name: what read_log returns} -> PIL image; metrics: names of panels besides the loss."""
+    """{name: what read_log returns} -> PIL image; metrics: names of panels besides the loss,
+    InputError for one that no log has."""
     firsts = [next((k for k in log if k != "loss"), None) for log in runs.values()]
     metrics = metrics or [k for k in dict.fromkeys(firsts) if k]
     if unknown := [m for m in metrics if not any(m in log for log in runs.values())]:

@@ -78,6 +78,7 @@ class Photos:
         return read_view(self.files[index], choose, size)
 
     def subset(self, indexes):
+        """Photos of these indexes alone."""
         return Photos([self.files[i] for i in indexes])
 
 
@@ -86,7 +87,7 @@ class Photos:
 
 
 class Table:
-    """Rows, each a dict of numpy arrays, kept as one array a column.
+    """Rows, each a dict of numpy arrays, which is emptied, kept as one array a column.
 
     A data process that is not forked (spawn, forkserver) gets them through a pipe, and a forked one
     shares them; thousands of small arrays would be slow either way, and as many tensors would each
@@ -115,7 +116,7 @@ class Table:
 
 
 def toy_row(seed, size, keys, index):
-    """Scene `index` as a row of a Table."""
+    """Scene `index` as a row of a Table: image uint8 [3, S, S], and `keys` as toyworld.scene's."""
     scene = toyworld.scene(seed, index, size)
     image = np.ascontiguousarray(scene["image"].transpose(2, 0, 1))         # [3, S, S]
     return {"image": image} | {k: scene[k] for k in keys}
@@ -137,6 +138,7 @@ def draw_scenes(seed, size, keys, indexes, what):
 class ToyWorld:
     """ToyWorld scenes as samples, drawn once when the data set is opened.
 
+    split: "train" or "val"; size: px of a side; seed: see WORLD of toy_scenes.
     keys: which annotations of toyworld.scene to keep besides the image. Samples hold tv_tensors, so
     that torchvision's transforms move image, boxes, masks, labels and depth together.
     """
@@ -181,7 +183,7 @@ def toy_scenes(path, default):
 
     path: "toyworld[:TRAINING[:VALIDATION[:WORLD]]]"; default: training scenes. 256 validate by
     default, or as many as train if these are fewer. Each WORLD (0, 1, ...) has scenes of its own:
-    what is tuned on one is reported on another.
+    what is tuned on one is reported on another. InputError for other words after toyworld.
     """
     name, *numbers = str(path).split(":")
     if name != "toyworld":
@@ -198,11 +200,12 @@ def toy_scenes(path, default):
 def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop", **reading):
     """(training, validation) source of annotated samples for fine-tuning.
 
-    path: see toy_scenes, or a folder in one of formats/folders.py's layouts; size: px of
+    path: see toy_scenes, or a folder in one of formats/folders.py's formats; size: px of
     ToyWorld's photos; keys: the annotations to keep; fraction: the share of the training samples to
     use, of ToyWorld the first ones, of a folder a random choice, always the same, larger ones
     containing smaller ones; overfit: validate on the training samples; on_error "skip": leave out
     what is broken (validation photos are all read once for that); reading: see open_folder.
+    Raises InputError, as that does.
     """
     if scenes := toy_scenes(path, 256):
         train, val, world = scenes
@@ -252,7 +255,10 @@ def hidden_units(strategy, side, ratio):
 
 
 class Pretraining:
-    """Crops and masks: (epoch, index) -> (uint8 [3, S, S], hidden bool [S / unit, S / unit])."""
+    """Crops and masks: (epoch, index) -> (uint8 [3, S, S], hidden bool [S / unit, S / unit]).
+
+    source: Photos or ToyWorld; size S and unit: px; mask, ratio: see hidden_units.
+    """
 
     def __init__(self, source, train, size, unit, mask, ratio, seed):
         self.source, self.size, self.seed, self.train = source, size, seed, train
@@ -293,10 +299,11 @@ class Pretraining:
 def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="stop"):
     """(training set, validation set) of Pretraining samples.
 
-    path: see toy_scenes, or a folder with train/ and val/ inside (ImageNet's layout), or any
+    path: see toy_scenes, or a folder with train/ and val/ inside (ImageNet's format), or any
     folder of photos, of which every 20th in path order is then kept for validation. Where there
     are labels beside a folder images/, or depth maps beside rgb/, only that is read.
     on_error "skip": validation photos are all read once, and the unreadable ones left out.
+    config: model.Config. InputError if size, mask or folder do not fit.
     """
     side = config.image_size // config.unit
     if config.image_size % config.unit:
@@ -339,7 +346,7 @@ def photo_folders(root):
 
 
 def hold_out(files):
-    """Split a list of files: every 20th validates, at least one."""
+    """List of files -> [training, validation] Photos: every 20th validates; one: InputError."""
     if len(files) < 2:
         raise InputError(f"--data {files[0].parent}: one photo; training and validation need two")
     return [Photos([f for i, f in enumerate(files) if i % 20]), Photos(files[::20])]
@@ -350,8 +357,9 @@ def hold_out(files):
 
 
 class CropToFit:
-    """Random crop of at most height x width; a smaller image stays as it is (the batch pads it, and
-    the network does not see padding, unlike the grey border that RandomCrop would add)."""
+    """Random crop of at most height x width px; a smaller image stays as it is (the batch pads it,
+    and the network does not see padding, unlike the grey border that RandomCrop would add). It
+    takes and returns a sample, a dict with tv_tensors, as all transforms here."""
 
     def __init__(self, height, width):
         self.height, self.width = height, width
@@ -396,7 +404,8 @@ def recolour(image, values):
 
 class ScaleToShortest:
     """v2.RandomShortestSize for photos with masks: torchvision's own takes the nearest pixel of a
-    mask from its corner, half a pixel off the photo; here from its centre."""
+    mask from its corner, half a pixel off the photo; here from its centre. sizes: px of the shorter
+    side, of which one is drawn; longest: px of the longer side at most."""
 
     def __init__(self, sizes, longest):
         self.random_size = v2.RandomShortestSize(sizes, max_size=longest)
@@ -494,6 +503,7 @@ class Segmentation:
 
     Samples of several tasks take turns: index i belongs to task (epoch + i) mod T, so that over T
     epochs every image is seen once with every task. Batches(kinds=T) mixes them evenly.
+    source: one of open_sources; size: px, see segmentation_transform.
     """
 
     def __init__(self, source, train, size, seed, tasks=("semantic",), augment=True, flip=True):
@@ -572,6 +582,7 @@ class Detection:
               height in 0..1 of the image; no crowds, and no boxes that a crop left without area.
     Test:     image as the network gets it; size int64 [2], height and width of the photo; index;
               labels; boxes x1 y1 x2 y2 in the photo's pixels; area and iscrowd if known.
+    source: one of open_sources; size: px, see detection_transform.
     """
 
     def __init__(self, source, train, augment, size, seed, flip=True):
@@ -604,7 +615,7 @@ class Detection:
 
 
 def open_detection(path, size, fraction=1.0, overfit=False, seed=0, flip=True, **reading):
-    """(training set, validation set) for object detection; see open_sources."""
+    """(training set, validation set) of Detection samples; see open_sources."""
     sources = open_sources(path, size, ["boxes", "classes", "area"], fraction, overfit,
                            **reading)
     return [Detection(s, train, train and not overfit, size, seed, flip)
@@ -664,7 +675,7 @@ def depth_transform(height, width, flip=True):
 
 class Depth:
     """(epoch, index) -> dict for collate(): image uint8 [3, H, W], depth float [H, W] metres, 0 =
-    invalid. With augment a training crop, else the whole photo as it is."""
+    invalid. With augment a training crop of height x width px, else the whole photo as it is."""
 
     def __init__(self, source, augment, height, width, seed, flip=True):
         self.source, self.seed, self.unframe = source, seed, augment and source.kinect_frame
@@ -684,7 +695,7 @@ class Depth:
 
 
 def shrunk(photo, longest):
-    """The photo with its longer side at most `longest` px."""
+    """Photo uint8 [3, H, W] -> the same with its longer side at most `longest` px."""
     height, width = photo.shape[1:]
     factor = min(1, longest / max(height, width))
     size = [max(1, round(n * factor)) for n in (height, width)]

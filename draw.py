@@ -43,6 +43,7 @@ def palette(count=256):
 
 
 def colour_of(k):
+    """Colour of class or object k: (r, g, b), each 0..255."""
     return tuple(palette()[int(k) % IGNORE].tolist())
 
 
@@ -122,7 +123,8 @@ class Labels:
     def put(self, text, colour, spots):
         """Write the text at the first free spot; where all are taken, leave it out.
 
-        spots: function (width, height of the label) -> list of its left top corners, best first.
+        colour: (r, g, b); spots: function (width, height of the label) -> list of its left top
+        corners, best first.
         """
         if not text:
             return

@@ -66,9 +66,9 @@ def flags():
 
 
 def depth_loss(depth, targets, patch, min_depth=0.0, max_depth=math.inf):
-    """SILog of depth [B, h, w], a padded canvas, with the truths [H_b, W_b], at their full size,
-    where they lie between the limits: what is graded nothing teaches nothing, as the last value of
-    a sensor that saw no end.
+    """SILog, a scalar, of depth float [B, h, w], metres, a padded canvas, with the "depth" of the
+    targets, B dicts, [H_b, W_b] at full size, where it lies between the limits: what is graded
+    nothing teaches nothing, as the last value of a sensor that saw no end.
 
     Image by image, as at test, so that an image gets what it gets alone: with aligned corners the
     padding of a canvas would move every pixel of it.
@@ -82,8 +82,9 @@ def depth_loss(depth, targets, patch, min_depth=0.0, max_depth=math.inf):
 
 @torch.no_grad()
 def predict(model, images, layout, originals, run, mirror=True):
-    """uint8 images [B, 3, H, W] -> list of depth maps [H0, W0] in metres at the original sizes; the
-    mean of what the model says about the photo and, with mirror, about its mirror image."""
+    """uint8 images [B, 3, H, W] -> B depth maps float [H0, W0] in metres at the original sizes, on
+    the CPU; the mean of what the model says about the photo and, with mirror, about its mirror
+    image."""
     sizes, patch = layout.sizes.tolist(), model.glid.config.patch
     layout = layout.to(run.device)
 
@@ -104,7 +105,8 @@ def predict(model, images, layout, originals, run, mirror=True):
 
 
 def graded(shape, args):
-    """Which pixels count besides having a truth: all, or Eigen's window. bool [H, W]."""
+    """Which pixels count besides having a truth: all, or Eigen's window, with InputError for
+    another shape than NYU's: bool [H, W]."""
     if not args.eigen_crop:
         return np.ones(shape, bool)
     if tuple(shape) != (480, 640):
@@ -119,6 +121,7 @@ def evaluate(model, dataset, args, run, path=None):
     """Depth errors over the validation set, every image once on one process; picture of the first.
 
     Returns the dict of REPORTED, each the mean of the images' own values, and their number.
+    InputError if no pixel counts.
     """
     model.eval()
     metric, rows = DepthErrors(args.min_depth, args.max_depth), []
@@ -159,6 +162,7 @@ def build(args, run):
 
 
 def words(errors):
+    """The errors of REPORTED in one line of text."""
     return ", ".join(f"{name} {errors[name]:.4f}" for name in REPORTED)
 
 

@@ -76,7 +76,8 @@ def detection_inference(class_logits, boxes, size, count=100):
 
 @torch.no_grad()
 def predict(model, images, layout, originals, run):
-    """uint8 images [B, 3, H, W] -> list of detections in the pixels of the photos, on the CPU."""
+    """uint8 images [B, 3, H, W] -> B dicts of detection_inference, on the CPU; originals: (H0, W0)
+    of each photo."""
     with run.autocast():
         logits, boxes = model(normalize(images.to(run.device)), layout.to(run.device))
     return [{k: v.cpu() for k, v in detection_inference(*answer).items()}
@@ -84,7 +85,7 @@ def predict(model, images, layout, originals, run):
 
 
 def evaluate(model, dataset, args, run, path=None):
-    """COCO box AP over the whole validation set; picture of the first images."""
+    """COCO box AP, AveragePrecision.result, of the validation set; picture of the first images."""
     model.eval()
     metric, rows = AveragePrecision("box", range(len(dataset.classes))), []
     batches = batching.share(len(dataset), args, run)
@@ -107,7 +108,7 @@ def evaluate(model, dataset, args, run, path=None):
 
 
 def drawn(photo, truth, guess, classes, threshold=0.3):
-    """Photo with the true boxes beside the photo with those predicted above the threshold."""
+    """The photo with the true boxes, and with those predicted above the threshold: PIL image."""
     sure = guess["scores"] > threshold
     found = guess["boxes"][sure], guess["labels"][sure]
     texts = [classes[k] for k in truth["labels"]], [classes[k] for k in found[1]]
@@ -136,7 +137,7 @@ def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
 
 def group_losses(class_logits, boxes, targets, objects, args):
     """The same set loss for both groups: each object takes one query of the first group and
-    `repeats` of the second."""
+    `repeats` of the second. Arguments as of detection_loss, Q both groups; returns a scalar."""
     split = (args.queries, args.many_queries)
     groups = zip(class_logits.split(split, 2), boxes.split(split, 2), (1, args.repeats))
     return sum(detection_loss(c, b, targets, objects, repeats)["loss"]

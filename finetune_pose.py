@@ -97,8 +97,9 @@ def predict(model, crops, args, run, flip=pose.FLIP):
 
 
 def answer(photo, joints, scores, sigmas=OKS_SIGMAS):
-    """Joints [P, J, 2] in the crops of a photo's persons -> what AveragePrecision wants, in photo
-    px, best person first, doubles removed; kept: which of the P persons they are."""
+    """Joints [P, J, 2] in the crops of a photo's persons and their scores [P, J] -> what
+    AveragePrecision wants, in photo px, best person first, doubles removed; kept: which of the P
+    persons they are. photo: a test sample of Pose, for its back, area and scores."""
     joints = pose.move(photo["back"], joints)
     persons = pose.rescore(photo["scores"], scores)
     keep = pose.oks_nms(joints, persons, photo["area"], sigmas=sigmas)
@@ -107,7 +108,7 @@ def answer(photo, joints, scores, sigmas=OKS_SIGMAS):
 
 
 def evaluate(model, dataset, args, run, path=None):
-    """COCO's keypoint metrics over the whole validation set; picture of the first photos.
+    """COCO's keypoint metrics, a dict of SHOWN, of the validation set; picture of the first photos.
 
     Processes share photos, not persons: which of two predictions is a double is decided in one.
     """

@@ -70,7 +70,7 @@ def flags():
     positive, share = training.POSITIVE, training.number(float, 0, 1)
     label = training.number(int, 0, 65535)
     data("--first-label", type=label, help="in a folder of label PNGs, the first class's value; "
-         "less is no class (default: 1 in ADE20K's layout, else 0)")
+         "less is no class (default: 1 in ADE20K's format, else 0)")
     data("--ignore-label", type=label, help="a value, besides 255, that is no class")
     model("--tasks", type=task_names, default="semantic", metavar="TASKS", help="some of "
           "semantic,instance,panoptic")
@@ -227,7 +227,7 @@ def new_metric(task, dataset):
 
 
 def grade(task, metric, answer, truth, things):
-    """Add the answer for one image to its task's metric."""
+    """Add one image's answer, as predict gives it, to its task's metric; truth: its test sample."""
     if task == "semantic":
         metric.update(answer.numpy(), truth["semantic"].numpy())
     elif task == "instance":
@@ -292,6 +292,7 @@ def main_metrics(results):
 
 
 def words(results):
+    """The main metrics, in percent, in one line of text."""
     return ", ".join(f"{name} {100 * value:.2f}" for name, value in main_metrics(results).items())
 
 
@@ -339,7 +340,8 @@ def objects_per_image(tasks, targets, run):
 
 def batch_loss(answers, asked, targets, density, canvas, points):
     """Mean of the tasks' losses, each weighing as much as it has images in the batch: the mean over
-    the processes is then the mean over all images, however the tasks fell to the processes."""
+    the processes is then the mean over all images, however the tasks fell to the processes.
+    answers: Segmenter's; asked: slices'; density: objects_per_image's. Returns a scalar."""
     total = 0
     for (classes, masks), mine, objects in zip(answers.values(), asked.values(), density):
         own = targets[mine]

@@ -40,7 +40,7 @@ def hungarian(cost, counts, repeats=1):
     """Best assignment of queries to objects, of every layer and image, from one transfer.
 
     cost:    dict name -> weighted float tensor [L, B, Q, N]; their sum is minimised. Named, so that
-             a non-finite term can be blamed.
+             FloatingPointError can blame a term that is not finite.
     counts:  list of B ints, the real number of objects of each image (the rest of N is padding).
     repeats: queries an object gets: 1, or k for H-DETR's one-to-many branch.
     Returns int64 [M] each: layer, image, query, object. The optimum is scipy's (Jonker-Volgenant);

@@ -8,7 +8,8 @@ precision (boxes, masks, keypoints), panoptic quality. All four classes live the
 
 To the last bit, a result does not depend on how the images were shared among processes: counts
 add up exactly, `math.fsum` is exact in any order, score ties are broken by image id. Boxes are
-x1 y1 x2 y2 in pixels (COCO files hold x y w h). The rules are those of the official tools.
+x1 y1 x2 y2 in pixels (COCO files hold x y w h). The rules are those of the official tools. What
+cannot be graded, as labels out of range, raises ValueError.
 D detections, G ground-truth objects, A area ranges, T overlap thresholds, R recall points,
 K categories, J joints, S segments, H W image size, P = H * W pixels.
 """
@@ -29,18 +30,20 @@ FIELDS = {"box": "boxes", "mask": "masks", "keypoint": "keypoints"}
 
 
 def require(condition, message):
+    """Raise ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 
 
 def same_shape(prediction, target):
+    """Both as numpy arrays; ValueError if their shapes differ."""
     prediction, target = np.asarray(prediction), np.asarray(target)
     require(prediction.shape == target.shape, f"shapes: {prediction.shape} but {target.shape}")
     return prediction, target
 
 
 def mean(values, empty=math.nan):
-    """Mean over the values that are not nan, i.e. over what could be measured at all."""
+    """Mean over the values that are not nan, over what could be measured; `empty` if none could."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else empty
 

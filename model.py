@@ -81,7 +81,7 @@ class WindowAttention(nn.Module):
         self.register_buffer("bias_index", index.view(-1), persistent=False)    # [S * S]
 
     def forward(self, x, windows):
-        """[T, C] -> [T, C]; windows: see layout.Windows."""
+        """[T, C] -> [T, C]; windows: see tokens.Windows."""
         dim, slots = x.shape[1], round(len(self.bias_index) ** 0.5)
         # whole rows of qkv are gathered: all heads of a token lie together
         rows = Spread.apply(self.qkv(x), windows.token, windows.place)          # [G * S, 3 C]
@@ -103,6 +103,8 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
+    """Window attention, then an MLP, both pre-norm, residual, with drop path: [T, C] -> [T, C]."""
+
     def __init__(self, dim, heads, window, drop_path):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
@@ -138,7 +140,7 @@ class PatchMerging(nn.Module):
 
 
 class Swin(nn.Module):
-    """Packed Swin: units of pixels in, normalised token lists of the four stages out."""
+    """Packed Swin: units of pixels [n, 3, 8p, 8p] -> normalised tokens of 4 stages, [T, C] each."""
 
     def __init__(self, config):
         super().__init__()
@@ -256,7 +258,7 @@ def down(x):
 
 
 class BiFPN(nn.Module):
-    """Maps of 1/4..1/32 -> the same scales at width D, after one top-down and one bottom-up pass.
+    """Maps [T, C] of 1/4..1/32 -> the same scales, [T, D], after a top-down and a bottom-up pass.
 
     Thanks to the bottom-up path the 1/4 map, which the decoder never reads, feeds the maps that it
     does read, and so is pre-trained too. The paper says only "Bi-FPN"; one repeat.
@@ -302,7 +304,7 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Cross-attention, self-attention, feed-forward, each pre-norm and residual.
+    """Cross- and self-attention, feed-forward, all pre-norm, residual: [B, Q, D] -> [B, Q, D].
 
     The paper says "cross-attention and self-attention blocks", no norm, no width of the feed-
     forward: pre-norm as in the authors' earlier MixMIM, 4 D as in all of its relatives.
@@ -393,6 +395,7 @@ class GLID(nn.Module):
 
     def decode(self, queries, maps, layout, self_mask=None, every_layer=False,
                images=slice(None)):
+        """See Decoder.forward."""
         return self.decoder(queries, maps, layout, self_mask, every_layer, images)
 
     def ask(self, images, layout, offsets, self_mask=None, every_layer=False):
@@ -442,7 +445,7 @@ def pixel_statistics(device):
 
 
 # -----------------------------------------------------------------------------
-# Heads: the only part that changes from task to task
+# Heads: the only part that changes from task to task. Images are normalised float [B, 3, H, W]
 
 
 class Pretrainer(nn.Module):

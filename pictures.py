@@ -9,7 +9,7 @@ import pose
 
 
 def titled(images, titles):
-    """PIL images in a row, each under its title."""
+    """PIL images in a row, each under its title: PIL image."""
     size = draw.letters(max(max(i.size) for i in images))
     columns = []
     for image, title in zip(images, titles):
@@ -43,14 +43,14 @@ def ruler(width, size, low, high):
 
 
 def depth(depth, low, high, room=draw.ROOM):
-    """Depth map [H, W] in metres in colours, and its scale below it."""
+    """Depth map [H, W] in metres in colours, and its scale below it: PIL image."""
     image = draw.canvas(draw.depth_map(depth, low, high), room)[0]
     size = draw.letters(max(image.size))
     return draw.below([image, ruler(max(image.width, 12 * size), size, low, high)])
 
 
 def heat(photo, weights, room=draw.ROOM):
-    """Weights float [H, W] >= 0 over the darkened photo, the largest in light yellow."""
+    """Weights float [H, W] >= 0 over the darkened photo, the largest in light yellow: PIL image."""
     image, zoom = draw.canvas(photo, room)
     weights = np.asarray(weights, np.float64)
     at = (255 * weights / max(weights.max(), 1e-12)).round().astype(np.uint8)

@@ -47,11 +47,12 @@ SWAP = dict(left="right", right="left", lt="rt", rt="lt", lft="rgt", rgt="lft", 
 
 
 def flip_order(names, pairs=None, sides=SIDES):
-    """For each joint the one it is called in a mirror; itself where there is none.
+    """For each joint the number of the one it is called in a mirror; itself where there is none.
 
-    pairs: "a-b,c-d", names or numbers from 1, or "none". Without them the names tell: left and
-    right anywhere in them, or l and r as a word (l_eye), before a capital or after a small letter
-    (LEye, earL), as one of two letters (LF_paw), or first or last where the rest is the same.
+    pairs: "a-b,c-d", names or numbers from 1, or "none", else InputError. Without them the names
+    tell: left and right anywhere in them, or l and r as a word (l_eye), before a capital or after
+    a small letter (LEye, earL), as one of two letters (LF_paw), or first or last where the rest is
+    the same.
     """
     order = list(range(len(names)))
     if pairs == "none":
@@ -79,9 +80,9 @@ def flip_order(names, pairs=None, sides=SIDES):
 
 
 def require_sides(path, names, flip, keypoints):
-    """Refuse joints whose names tell no sides although the photos show some: two joints of which
-    the same one is on the left in nearly all objects would teach nonsense in a mirror. Where the
-    names of others tell sides, it is only told."""
+    """InputError for joints whose names tell no sides although the photos show some: two joints of
+    which the same one is on the left in nearly all objects would teach nonsense in a mirror. Where
+    the names of others tell sides, it is only told. keypoints: list of [P, J, 3]."""
     every = np.concatenate(keypoints)                       # [P, J, 3]
     alone = [i for i, j in enumerate(flip) if i == j]
     for a, b in itertools.combinations(alone, 2):
@@ -108,7 +109,7 @@ def bones(names):
 
 def oks_sigmas(names):
     """How exactly each joint can be clicked: what COCO measured for the joint of this name, or for
-    other names the mean of COCO's."""
+    other names the mean of COCO's: float64 [J]."""
     known = dict(zip(KEYPOINTS, OKS_SIGMAS))
     return np.array([known.get(name, OKS_SIGMAS.mean()) for name in names])
 

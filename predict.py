@@ -102,7 +102,7 @@ class Model:
         self.batch_size = 8 if where.type == "cuda" else 1
 
     def use(self, path, device):
-        """Let a detection checkpoint find the persons."""
+        """Let a detection checkpoint find the persons; InputError if it cannot."""
         self.detector = load(path, device)
         if self.task != "pose" or self.detector.task != "detection":
             raise InputError(f"--detector {path}: finds persons for a pose checkpoint, by a "
@@ -292,7 +292,7 @@ def stoppable(out):
 
 
 def main(args):
-    """Answer all photos; returns the number of photos answered."""
+    """Answer all photos; returns their number. InputError at the end if some could not be read."""
     model = load(args.checkpoint, args.device, args.detector, args.threshold, args.longest)
     model.batch_size = args.batch_size or model.batch_size
     if args.json and model.task == "pretraining":

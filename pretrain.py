@@ -60,7 +60,8 @@ def flags():
 
 
 class Objective(torch.nn.Module):
-    """From a batch to its loss: what a step computes, as one graph if it is compiled."""
+    """From normalised images [B, 3, S, S] and their Layout to the loss of Eq. 2, a scalar: what a
+    step computes, as one graph if it is compiled."""
 
     def __init__(self, model):
         super().__init__()

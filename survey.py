@@ -25,7 +25,7 @@ def survey(args, train, val, run):
 
 
 def lines(args, train, val):
-    """What survey prints; train, val: data sets of data.py."""
+    """What survey prints, a list of str; train, val: data sets of data.py."""
     found = [f"{len(train.source)} training and {len(val.source)} validation photos", *names(train)]
     for part, dataset in (("training", train), ("validation", val)):
         source = dataset.source

@@ -1971,7 +1971,7 @@ def test_perfect_heatmaps_score_1():
 
 
 # -----------------------------------------------------------------------------
-# Official layouts
+# Official formats
 
 
 SHARED = HERE.parent / "shared" / "data"        # real photos, if somebody put them there
@@ -2103,7 +2103,7 @@ def test_coco_layout_gives_toyworld_back():
 
 
 def test_pairs_give_toyworld_back():
-    """The same from the layouts of ADE20K and NYU. Larger shares of a folder contain smaller ones,
+    """The same from the formats of ADE20K and NYU. Larger shares of a folder contain smaller ones,
     and are no prefix: files are sorted by scene."""
     with folder() as at:
         exported(at, "ade20k")
@@ -2511,7 +2511,7 @@ def test_what_is_told_of_label_maps():
 
 
 def test_mask_folders():
-    """Layouts of photos and label maps, and what is wrong with a file."""
+    """Formats of photos and label maps, and what is wrong with a file."""
     ones, place = np.ones((6, 8), np.uint8), "train/labels/b.png"
     palette = Image.fromarray(ones, "P")
     palette.putpalette([9, 9, 9, 200, 0, 0])

@@ -39,7 +39,7 @@ def dense_swin(config):
 
 
 def masks_of(config, batch, count):
-    """Random masks of batches, 75 % hidden."""
+    """Random masks of `count` batches, 75 % hidden: bool [batch, side, side] each."""
     side = config.image_size // config.unit
     with data.seeded(0):
         return [torch.stack([data.hidden_units("random", side, 0.75) for _ in range(batch)])

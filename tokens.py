@@ -49,7 +49,8 @@ class Layout:
                                 stage, first of plain and then of shifted windows
 
     sizes:  int64 [B, 2], images lie at the top left of the batch canvas.
-    hidden: bool [B, Uh, Uw], units the network must not see; None = nothing is hidden.
+    hidden: bool [B, Uh, Uw], units the network must not see; None = nothing is hidden. ValueError
+            if an image has no visible unit.
     budget: rows of attention of each plan, None = as few as this batch needs; see row_budget.
     """
 
@@ -112,7 +113,7 @@ class Layout:
         return units[:, :1].expand(yx.shape[:2]), yx
 
     def windows(self, stage, shifted):
-        """Windows of a stage's attention.
+        """Windows of a stage's attention, a stage of 0..3.
 
         A token's window is floor((coordinate + window - shift) / window): no roll, no padding,
         windows at the border are just partly filled (exactly the partition that Swin rolls for).
@@ -173,7 +174,7 @@ class Layout:
 
 
 def row_budget(config, batches):
-    """Rows of attention that nearly every batch like these is content with; one number a plan."""
+    """Rows of attention, an int a plan, for nearly every batch like these: hidden [B, U, U]."""
     sizes = torch.tensor([[config.image_size] * 2])
     needed = np.array([Layout(config, sizes.expand(len(h), 2), h).needed for h in batches])
     return np.ceil(needed.mean(0) + 4 * needed.std(0) + 1).astype(int).tolist()
@@ -233,7 +234,7 @@ def scatter(x, shape, place):
 
 
 class Spread(torch.autograd.Function):
-    """Packed [T, C] -> slots [G * S, C]. Its gradient is a gather as well.
+    """Packed [T, C] -> slots [G * S, C], see Windows. Its gradient is a gather as well.
 
     Empty slots repeat token 0, but their gradient is exactly zero (masked as keys, never read as
     queries), so the inverse gather is the true gradient, without a scatter-add.

@@ -40,6 +40,7 @@ SPLIT_START = {"train": 0, "val": 2_000_000}
 # radius 0 fills the polygon; otherwise a round pen follows the points (one point = a disc).
 
 def rectangle(x0, y0, x1, y1):
+    """The four corners (x, y) of a part."""
     return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
 
 
@@ -131,7 +132,7 @@ def person(u):
 # -----------------------------------------------------------------------------
 # the photo
 
-def layout(rng):
+def arrange(rng):
     """All random choices of one scene, in metres and image widths, hence the same at every size."""
     u = rng.uniform
     base, second = (GRASS, SAND)[rng.integers(2)], (ROAD, ROAD, WATER, 0)[rng.integers(4)]
@@ -249,7 +250,7 @@ def scene(seed, index, size):
     i at i as in COCO, v = 2 visible, 1 hidden, 0 outside; all 0 for what is no person).
     """
     rng = np.random.default_rng([seed, index])
-    w = layout(rng)
+    w = arrange(rng)
     image, semantic, z, ground_x = backdrop(w, size)
     depth = np.where(z < np.inf, np.minimum(z, np.float32(MAX_DEPTH)), 0)  # 0 = sky, not valid
     depth = np.repeat(depth[:, None], size, 1)

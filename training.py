@@ -42,7 +42,7 @@ OLDEST = {"Python": (3, 10), "torch": (2, 6)}   # what is tested, as pyproject.t
 
 class Parser(argparse.ArgumentParser):
     """argparse with the flags in GROUPS, which keeps the paragraphs of a script's docstring, shows
-    each default and complains in one line."""
+    each default and complains in one line, with exit code 2."""
 
     def __init__(self, description):
         super().__init__(usage="%(prog)s [FLAGS]", description=description,
@@ -140,7 +140,7 @@ def add_finetune_flags(parser):
 
 
 def parse(parser, presets, argv=None):
-    """Parse argv; `presets` maps a preset's name to defaults that explicit flags override."""
+    """Parse argv or end with exit code 2; presets: {name: defaults that given flags override}."""
     if old := too_old():
         parser.error(old)
     first = argparse.ArgumentParser(add_help=False)         # so that --help shows its defaults
@@ -155,7 +155,8 @@ def parse(parser, presets, argv=None):
 
 
 def model_config(args, **more):
-    """Config of the preset with the flags that change it, and with `more`, None = as it is."""
+    """Config of the preset with the flags that change it, and with `more`, None = as it is.
+    InputError if they do not fit."""
     changes = {k: getattr(args, k) for k in ("window", "drop_path", "decoder_layers")} | more
     config = Config(**PRESETS[args.preset] | {k: v for k, v in changes.items() if v is not None})
     if config.decoder_layers % 3:
@@ -280,7 +281,8 @@ def running(process):
 
 @dataclass
 class Run:
-    """Where this process runs. One process without torchrun, else one per device."""
+    """Where this process runs. One process without torchrun, else one per device. print0 prints on
+    rank 0 alone; autocast() is the context in which the network runs."""
     device: torch.device
     rank: int = 0
     world: int = 1
@@ -311,7 +313,7 @@ class Run:
         return contextlib.nullcontext() if last or self.world == 1 else model.no_sync()
 
     def sum(self, *values):
-        """Sum of each number over all processes, floats in float64."""
+        """Sum of each number over all processes, as floats: a list, added in float64."""
         total = torch.tensor([float(v) for v in values], dtype=torch.float64)
         if self.world > 1:
             dist.all_reduce(total)          # by gloo, on the CPU: no GPU is waited for
@@ -329,7 +331,8 @@ class Run:
 
 
 def pick_device(name="auto", local_rank=0):
-    """--device: "auto" is the CUDA GPU of this process, else the CPU. Apple's GPU on request."""
+    """--device: "auto" is the CUDA GPU of this process, else the CPU. Apple's GPU on request.
+    InputError where it is missing."""
     if name == "mps":
         if not torch.backends.mps.is_available():
             raise InputError("--device mps: torch sees no GPU of Apple's here; leave the flag out")
@@ -359,7 +362,8 @@ def precision(device):
 
 
 def start(args):
-    """Join the process group torchrun describes, if any; say what runs where; claim OUT."""
+    """Join the process group torchrun describes, if any; say what runs where; claim OUT. Returns
+    Run; InputError if OUT is taken."""
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     dtype, words = precision(device)
     run = Run(device, dtype=dtype)
@@ -491,7 +495,7 @@ class Progress:
         self.total = self.total + loss.detach()
 
     def report(self, step, **values):
-        """Mean loss over all processes since the last report; raises if it is not finite."""
+        """Mean loss over all processes since the last report; else FloatingPointError."""
         mean = self.run.sum(self.total)[0] / self.run.world / (step - self.first)
         if not math.isfinite(mean):
             raise FloatingPointError(
@@ -615,6 +619,7 @@ def one_cycle(step, total, rise=0.3, start=25, end=100):
 
 
 def set_lr(optimizer, lr):
+    """Give each group of param_groups lr times its scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
 
@@ -624,8 +629,9 @@ def set_lr(optimizer, lr):
 
 
 class Log:
-    """One JSON object a line in OUT/log.jsonl, written by rank 0. A resumed run drops the lines
-    that a killed one wrote after its last checkpoint; due: that step's evaluation among them."""
+    """One JSON object a line in OUT/log.jsonl; write(name=value) adds one, on rank 0. A resumed run
+    drops the lines that a killed one wrote after its last checkpoint; due: that step's evaluation
+    among them."""
 
     def __init__(self, args, run, step, due=False):
         self.path = Path(args.out, "log.jsonl") if run.rank == 0 else None

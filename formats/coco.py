@@ -1,7 +1,9 @@
 """
 COCO's files -> Source: instances_*.json (boxes, masks), person_keypoints_*.json, panoptic_*.json.
 
-Whatever they say is checked when they are opened. Masks stay outlines until their photo is read.
+Whatever they say is checked when they are opened: what is wrong raises InputError; with on_error
+"skip" photos that are missing or wrongly annotated are left out. Masks stay outlines until their
+photo is read.
 """
 import contextlib
 import os
@@ -41,10 +43,12 @@ KINDS = ("instance", "keypoint", "panoptic", "stuff")       # what a file's name
 
 
 def why(error):
+    """What is wrong with an entry, in words, from the error that it raised."""
     return f"has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def require(condition, reason):
+    """Raise ValueError with the reason unless the condition holds."""
     if not condition:
         raise ValueError(reason)
 
@@ -163,7 +167,7 @@ def read_images(root, path, content, split, on_error):
 def place_photos(root, path, split, images, broken, on_error):
     """Find each photo: by the name that the file gives in the first place that holds one of the
     first photos, else below root under a name that it may mean, see alike. split None: the file
-    speaks of all parts."""
+    speaks of all parts. Changes `images`, and adds the ids of missing photos to `broken`."""
     own = path.parent.relative_to(root).parts                               # Roboflow: beside it
     parts = SPLITS[split] if split else sum(SPLITS.values(), ())
     places = [p for p in own if p != "annotations"] + [path.stem.split("_")[-1], *parts]
@@ -242,7 +246,8 @@ def alike(root, below, name):
 def parse_object(entry, count, masks):
     """One annotation -> (box xyxy, area, crowd, joints or None, segmentation or None).
     A missing iscrowd means 0, a missing area that of the box, missing joints that none is labelled;
-    count: joints, 0 for none. Where only joints were clicked, the box is theirs."""
+    count: joints, 0 for none. Where only joints were clicked, the box is theirs. Raises one of BAD
+    for what has no sense."""
     box = entry["bbox"] if not count else entry.get("bbox") or [0, 0, 0, 0]
     x, y, w, h = numbers("bbox", box, 4)
     require(w >= 0 and h >= 0, f"its box {box} has a negative side")
@@ -290,7 +295,7 @@ def polygons(shape):
 
 
 def coco_instances(root, path, split, kind, keys, on_error, categories=None):
-    """instances_*.json or (kind "keypoints") person_keypoints_*.json -> Source.
+    """instances_*.json or (kind "keypoints") person_keypoints_*.json, a path below root -> Source.
     categories: those of the training file, if this is the validation file."""
     content = read_json(path, LISTS)
     masks = "masks" in keys and kind != "keypoints"         # joints know their area without
@@ -361,7 +366,7 @@ def stacked(objects, count, masks):
 
 
 def read_objects(path, masks, record):
-    """Record of coco_instances -> labels; masks are drawn only now."""
+    """Record of coco_instances -> labels, see Source, and (H, W); masks are drawn only now."""
     labels, size = dict(record["labels"]), record["size"]
     if masks:
         def drawn():
@@ -375,7 +380,7 @@ def read_objects(path, masks, record):
 
 
 def coco_panoptic(root, path, split, kind, keys, on_error, categories=None):
-    """panoptic_*.json and the folder of PNGs with its name -> Source."""
+    """panoptic_*.json and the folder of PNGs with its name -> Source; see coco_instances."""
     content, maps = read_json(path, LISTS), path.with_suffix("")
     categories = same_categories(path, read_categories(path, content, kind), categories)
     if "semantic" in keys:
@@ -407,7 +412,8 @@ def coco_panoptic(root, path, split, kind, keys, on_error, categories=None):
 
 
 def parse_segments(entries, label):
-    """segments_info -> int64 [S, 3] of id, class, iscrowd."""
+    """segments_info -> int64 [S, 3] of id, class, iscrowd; label: {category id: class}. Raises one
+    of BAD for what has no sense."""
     rows = []
     for s in entries:
         number, kind, crowd = an_id(s["id"]), an_id(s["category_id"]), default(s, "iscrowd", 0)
@@ -420,7 +426,7 @@ def parse_segments(entries, label):
 
 
 def read_panoptic(path, keys, record):
-    """Record of coco_panoptic -> labels; segments get the ids 1..S in the order of the file."""
+    """Record of coco_panoptic -> labels, (H, W); segments get the ids 1..S in the file's order."""
     ids, segments = read_numbers(record["map"]), record["segments"]
     if ids.shape != record["size"]:
         raise InputError(f"{record['map']}: {list(ids.shape)} pixels, but {path} says "
@@ -439,7 +445,8 @@ def read_panoptic(path, keys, record):
 
 
 def panoptic_labels(number, segments, keys):
-    """Map [H, W] of segments 1..S, 0 = void, and their class and iscrowd [S, 2] -> the labels."""
+    """Map [H, W] of segments 1..S, 0 = void, and their class and iscrowd [S, 2] -> the labels
+    that `keys` name: semantic uint8, panoptic uint8 or int32 [H, W], segments int64 [S, 3]."""
     labels = {"semantic": np.append(segments[:, 0], IGNORE)[number - 1].astype(np.uint8)} \
         if "semantic" in keys else {}
     if set(keys) & {"panoptic", "masks"}:
@@ -450,7 +457,8 @@ def panoptic_labels(number, segments, keys):
 
 
 def open_coco(root, word, read, kind, keys, on_error):
-    """[training, validation] from the JSON files with `word` in their names; None without them."""
+    """[training, validation] from the JSON files with `word` in their names; None without them.
+    read: coco_instances or coco_panoptic, to which kind and keys go."""
     files = coco_files(root, word)
     if files[0] is None and files[1] is not None:
         raise InputError(f"{files[1]}: a validation part without a training part; the name of a "
@@ -469,6 +477,7 @@ def open_coco(root, word, read, kind, keys, on_error):
 
 
 def is_coco(path):
+    """Whether a JSON file can be read and has the lists of COCO's."""
     try:
         return bool(read_json(path, LISTS))
     except InputError:

@@ -1,4 +1,4 @@
-"""ToyWorld on disk, in the official layouts, so that every real loader can be tried without a
+"""ToyWorld on disk, in the official formats, so that every real loader can be tried without a
 download; and a contact sheet to look at.
 
     python -m formats.export --preview sheet.png
@@ -16,7 +16,8 @@ from toyworld import CLASSES, FOCAL, KEYPOINTS, PALETTE, SKELETON, SPLIT_START, 
 
 
 def export(root, layout, count, size, seed, split):
-    """Write `count` scenes of a split ("train", "val") as "imagenet", "coco", "ade20k" or "nyu"."""
+    """Write `count` scenes, `size` px a side, of a split ("train", "val") below root; layout:
+    "imagenet", "coco", "ade20k" or "nyu"."""
     coco, pairs = {"instances": [], "person_keypoints": [], "panoptic": []}, []
     for i in tqdm(range(count), desc=f"{layout} {split}"):
         s = scene(seed, SPLIT_START[split] + i, size)
@@ -64,7 +65,7 @@ def category_id(k):
 
 
 def coco_annotations(s, image_id):
-    """One scene -> its entries in the instance, keypoint and panoptic files."""
+    """One scene -> three lists, its entries in the instance, keypoint and panoptic files."""
     instances, poses, segments = [], [], []
     for k, (box, mask) in enumerate(zip(s["boxes"].tolist(), s["masks"])):
         # uncompressed RLE: lengths of the runs down the columns, the first one of zeros
@@ -88,7 +89,7 @@ def coco_annotations(s, image_id):
 
 
 def preview(file, count, size, seed):
-    """Contact sheet, a scene to a row: photo | classes | depth | boxes and poses."""
+    """Write a contact sheet, a scene to a row: photo | classes | depth | boxes and poses."""
     zoom, rows = max(1, 192 // size), []
     for i in range(count):
         s = scene(seed, i, size)

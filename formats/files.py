@@ -80,7 +80,7 @@ def turned(image, number):
 def to_tensor(image, path):
     """PIL image of any kind -> uint8 [3, H, W], the channels of a pixel side by side in memory, as
     PIL has them and as torchvision resizes fastest. Grey, palette, CMYK and alpha become RGB, 16
-    bits become 8."""
+    bits become 8; InputError for more, which names `path`."""
     if image.mode.startswith("I"):                          # 16 bit: PIL's convert would clip
         wide = np.asarray(image).astype(np.int64)
         if wide.min() < 0 or wide.max() > 65535:
@@ -104,7 +104,7 @@ def read_image(path, upright=True):
 
 def as_photo(photo):
     """A path, PIL image, uint8 array [H, W, 3] or [H, W], or tensor [3, H, W] -> uint8 [3, H, W],
-    upright, the channels of a pixel side by side, as files.read_image has them."""
+    upright, the channels of a pixel side by side, as read_image has them; else InputError."""
     name = "photo"
     if isinstance(photo, str | Path):
         name, photo = photo, read_image(photo)
@@ -209,7 +209,8 @@ def read_lines(path):
 
 
 def list_images(folder, suffixes=SUFFIXES, flag="--data "):
-    """All images below a folder, nested or flat, sorted by path; flag: what an error names."""
+    """Paths of all images below a folder, nested or flat, sorted; flag: what an InputError names,
+    which is raised if there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{flag}{folder}: no such folder")
@@ -309,14 +310,16 @@ class Source:
         return self.habit["upright"]
 
     def subset(self, indexes):
+        """The photos of these indexes as a Source."""
         part = copy.copy(self)
         part.records = [self.records[i] for i in indexes]
         return part
 
 
 def read_photo(path, size, habit=lambda: True):
-    """A photo whose labels are made for (H, W): upright or as stored, whichever fits, and where
-    both do as habit() says: whether the labels of this data set are for upright photos."""
+    """Photo uint8 [3, H, W] whose labels are made for size = (H, W): upright or as stored, as it
+    fits, and where both do as habit() says: whether the labels of this data set are for upright
+    photos. InputError if neither fits."""
     with opened(path) as image:
         number, stored = orientation(image), image.size[::-1]
         shown = stored[::-1] if number > 4 else stored
@@ -331,7 +334,7 @@ def read_photo(path, size, habit=lambda: True):
 
 
 def refuse_thin(photo, path):
-    """Stop at a photo [3, H, W] that has a side many times as long as the other."""
+    """InputError for a photo [3, H, W] that has a side many times as long as the other."""
     height, width = photo.shape[1:]
     if max(height, width) > LONGEST * min(height, width):
         raise InputError(f"{path}: {height} x {width} pixels, a side more than {LONGEST} times the "
@@ -339,14 +342,14 @@ def refuse_thin(photo, path):
 
 
 def limit_classes(path, names):
-    """A label map has 8 bits."""
+    """InputError for more names than a label map of 8 bits can hold, which names `path`."""
     if len(names) > IGNORE:
         raise InputError(f"{path}: {len(names)} classes; {IGNORE} is the limit of label maps")
 
 
 def hold_out(root, source):
     """[training, validation] of a data set without a validation part: every 20th photo, of those
-    that show an object where that is known without reading them."""
+    that show an object where that is known without reading them. InputError for fewer than two."""
     if len(source) < 2:
         raise InputError(f"--data {root}: one photo; training and validation need two")
     full = [i for i, r in enumerate(source.records) if shows(r)]

@@ -9,9 +9,10 @@ Folders as people download them -> annotated photos, one Source each for trainin
     depth    {rgb,depth}/{train,val} or {train,val}/{rgb,depth}
 
 No list of classes stands in the code: names and numbers come from the files. Annotations are
-checked when a folder is opened, pixels when they are read. Boxes and keypoints are in pixels of the
-photo as its annotation sees it; an EXIF rotation is applied unless only the stored pixels have the
-annotation's size.
+checked when a folder is opened, pixels when they are read: what is wrong raises InputError; with
+on_error "skip" such photos are left out. Boxes and keypoints are in pixels of the photo as its
+annotation sees it; an EXIF rotation is applied unless only the stored pixels have the annotation's
+size.
 """
 import contextlib
 from functools import partial
@@ -72,7 +73,7 @@ def split_folders(root, split, *groups):
 
 
 def find_pairs(root, photo_words, label_words, on_error):
-    """{split: (folder of labels, records with photo, id and label)}; {} if the layout is another.
+    """{split: (folder of labels, records with photo, id and label)}; {} if the format is another.
     Photo and PNG have the same name but for the ending. Without train/ and val/ the split is
     None."""
     found = {}
@@ -198,7 +199,7 @@ def refuse_doubtful(root, counts):
 
 
 def open_masks(root, keys, on_error, ignore_label=None, first_label=None):
-    """[training, validation] of photos and label maps; None if the folder has another layout."""
+    """[training, validation] of photos and label maps; None if the format is another."""
     found = find_pairs(root, PHOTOS, LABELS, on_error)
     if not found:
         return None
@@ -225,7 +226,8 @@ def label_table(values, first, ignore):
 
 
 def read_semantic(table, values, record):
-    """Record of find_pairs -> semantic, classes by table; values: those of the classes."""
+    """Record of find_pairs -> {"semantic": uint8 [H, W]}, classes by table, and (H, W); values:
+    those of the classes."""
     raw = read_labels(record["label"])                      # a PNG has 16 bits at most
     label = table[raw]
     if (odd := label > IGNORE).any():
@@ -272,7 +274,8 @@ def open_ade_instances(root, keys, on_error):
 
 
 def read_ade_instances(read, order, things, keys, record):
-    """Stuff from the label map, then every instance over it, as in Mask2Former's conversion."""
+    """Stuff from the label map, then every instance over it, as in Mask2Former's conversion ->
+    labels, see panoptic_labels, and (H, W)."""
     labels, size = read(record)
     digits = read_numbers(record["instances"])
     kind, number = digits & 255, digits >> 8 & 255          # class from 1, number of the instance
@@ -298,17 +301,20 @@ def read_ade_instances(read, order, things, keys, record):
 
 
 def open_depth_pairs(root, on_error, scale):
+    """[training, validation] of photos and depth maps; None if the format is another."""
     found = find_pairs(root, PHOTOS, DEPTHS, on_error)
     return both_parts(root, found, partial(read_metres, scale)) if found else None
 
 
 def read_metres(scale, record):
+    """Record of photo and depth PNG -> {"depth": float32 [H, W] metres, 0 = none}, (H, W)."""
     depth = read_depth(record["label"], scale)
     return {"depth": depth}, depth.shape
 
 
 def open_lists(root, on_error, scale):
-    """BTS's layout: each line of a list names photo, depth map and (not used) focal length."""
+    """BTS's format, where each line of a list names photo, depth map and (not used) focal length ->
+    [training, validation], or None without a list of training photos."""
     lists = [sorted(p for p in root.glob(f"*{s}_files_with_gt.txt") if p.name[0] != ".")
              for s in ("train", "test")]
     if not lists[0]:
@@ -338,16 +344,17 @@ def open_lists(root, on_error, scale):
 
 
 # -----------------------------------------------------------------------------
-# Which layout
+# Which format
 
 
 def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None,
                 depth_scale=1000.0):
-    """[training, validation] Source with the labels named in `keys`.
+    """[training, validation] Source with the labels named in `keys`; InputError if nothing fits.
 
-    The layout is recognised by what lies in the folder. Photos without objects stay in the set
+    The format is recognised by what lies in the folder. Photos without objects stay in the set
     (DETR's and the evaluation's rule), but not in training with masks (Mask2Former's).
-    on_error: "stop" at what is broken, or "skip" it and say so on stderr.
+    on_error: "stop" at what is broken, or "skip" it and say so on stderr. The last three are the
+    values of --ignore-label, --first-label (see class_values) and --depth-scale.
     """
     root = Path(root)
     if not root.is_dir():
@@ -388,7 +395,7 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
 
 def readable(source):
     """The source without the samples that cannot be read, each told on stderr: every file is read
-    once, so that all processes evaluate the same photos."""
+    once, so that all processes evaluate the same photos. InputError if none is left."""
     good = []
     for i in tqdm(range(len(source)), desc="reading every validation photo once", leave=False,
                   disable=None):

@@ -21,7 +21,8 @@ def from_runs(counts, height, width):
 
 def decompressed(text):
     """COCO's string -> run lengths. Six bits a character from '0' on: five of the number, lowest
-    first, then "more follows"; from the fourth run on the difference to the run before last."""
+    first, then "more follows"; from the fourth run on the difference to the run before last.
+    ValueError for other characters."""
     data = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8)
     runs, value, shift = [], 0, 0
     for c in data.astype(np.int64).tolist():

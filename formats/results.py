@@ -43,7 +43,7 @@ def find(images):
 
 
 def image_ids(paths, file=None):
-    """The id of each photo in result files.
+    """The id of each photo in result files, int or str.
 
     file: a COCO annotation file, whose "images" say the ids; the others, and all without it, get
     the number that their name is, as COCO's do (000000000139.jpg is 139), else the name.
