@@ -131,7 +131,7 @@ def picture(model, dataset, path, run, count=8):
 
 
 def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
-    """End of an epoch: validate, draw, save. Returns the best validation error so far."""
+    """Validate, draw, save. Returns the best validation error so far."""
     loss = evaluate(model, val, args, run)
     log.write(step=step, val_loss=loss)
     is_best = best is None or not loss > best

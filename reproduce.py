@@ -56,33 +56,38 @@ TASKS = {
 }
 PRETRAININGS = 3
 
-# Flags of each preset's runs, besides the defaults of the scripts; docs/results.md says how those
-# of `tiny` were found
+# Flags of the runs, besides the defaults of the scripts. docs/results.md says what is known of them
+DRAWN = "--data toyworld:256:512"
 RECIPES = {
-    # 96 px are the paper's 6 x 6 units, 9 of them visible, at half of its resolution
+    # two CPU cores: a pre-training takes an hour, a fine-tuning one to four minutes
     "tiny": {
-        "all": "--decoder-layers 6",
-        "pretrain": "--size 96 --data toyworld:16384:1024 --epochs 20 --eval-every 2560",
-        "semantic": "--size 96 --data toyworld:256:512 --query-lr 120",
-        "instance": "--size 96 --data toyworld:256:512 --query-lr 120",
-        "panoptic": "--size 96 --data toyworld:256:512 --query-lr 120",
-        "depth": "--crop 96 96 --data toyworld:256:512",
-        "detection": "--size 96 --data toyworld:256:512 --steps 640 --eval-every 160",
-        "pose": "--data toyworld:256:512 --eval-every 175",
+        "all": "--preset tiny --decoder-layers 6",
+        "pretrain": "--data toyworld:16384:1024 --epochs 20 --eval-every 2560",
+        **dict.fromkeys(SEGMENTATION, f"{DRAWN} --query-lr 120"),
+        "depth": DRAWN, "pose": f"{DRAWN} --eval-every 175",
+        "detection": "--data toyworld:1024:512 --steps 800 --eval-every 200",
     },
+    # the paper's 6 x 6 units, 9 of them visible, at half of its resolution: five times as slow
+    "tiny96": {
+        "all": "--preset tiny --decoder-layers 6",
+        "pretrain": "--size 96 --data toyworld:32768:1024 --epochs 40 --eval-every 5120",
+        **dict.fromkeys(SEGMENTATION, "--size 96 --data toyworld:256:1024 --query-lr 120"),
+        "depth": "--crop 96 96 --data toyworld:256:1024",
+        "pose": "--data toyworld:256:1024 --eval-every 175",
+        "detection": "--size 96 --data toyworld:1024:1024 --eval-every 325",
+    },
+    # one GPU; untried
     "small": {
-        "all": "",
+        "all": "--preset small",
         "pretrain": "--data toyworld:32768:1024 --epochs 100 --warmup-epochs 5 --eval-every 640",
-        **dict.fromkeys(SEGMENTATION, "--size 192 --data toyworld:4096:1024 --batch-size 16 "
-                        "--steps 4000 --eval-every 1000"),
+        **dict.fromkeys((*SEGMENTATION, "detection"), "--size 192 --data toyworld:4096:1024 "
+                        "--batch-size 16 --steps 4000 --eval-every 1000"),
         "depth": "--crop 192 192 --data toyworld:4096:1024 --batch-size 16 --steps 4000 "
                  "--eval-every 1000",
-        "detection": "--size 192 --data toyworld:4096:1024 --batch-size 16 --steps 8000 "
-                     "--eval-every 2000",
-        "pose": "--data toyworld:4096:1024 --batch-size 64 --epochs 40 --eval-every 1000",
+        "pose": "--data toyworld:4096:1024 --steps 4000 --eval-every 1000",
     },
-    # total batches of 2048 and 16 [paper], 512 for pose, by one process
-    "base": {"all": "", "pretrain": "--accumulate 32", "pose": "--accumulate 8",
+    # total batches of 2048 and 16 [paper], and ViTPose's 512, by one process; untried
+    "base": {"all": "--preset base", "pretrain": "--accumulate 32", "pose": "--accumulate 8",
              **dict.fromkeys((*SEGMENTATION, "depth", "detection"), "--accumulate 8")},
 }
 
@@ -149,7 +154,7 @@ def words(args, kind, changes):
     """The flags of a run of `kind`, "pretrain" or a task: of the later ones that repeat earlier
     ones, argparse takes the later."""
     recipe = RECIPES[args.preset]
-    line = ["--preset", args.preset, *recipe["all"].split(), *recipe[kind].split()]
+    line = [*recipe["all"].split(), *recipe[kind].split()]
     if args.data:
         folder = "imagenet" if kind == "pretrain" else TASKS[kind][1]
         line += ["--data", str(Path(args.data, folder))]
@@ -399,8 +404,8 @@ def flags():
     parser = training.Parser(__doc__)
     add = parser.add_argument
     add("table", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
-    add("--preset", choices=RECIPES, default="tiny", help="sizes and recipe: tiny, small, or base, "
-        "which is the paper's")
+    add("--preset", choices=RECIPES, default="tiny", help="sizes and recipe: tiny, tiny96, small, or "
+        "base, which is the paper's")
     add("--tasks", type=lambda text: text.split(","), help="some of the table's, as "
         "semantic,depth (default: all)")
     add("--seeds", type=training.POSITIVE, default=3, help="fine-tunings of each row")

@@ -3998,7 +3998,7 @@ def test_reproduce_makes_every_table_once():
     """Each table and figure in its smallest size; runs that tables share are made once, one that
     was stopped goes on, and a run of other flags is not taken for ours."""
     size = "--data toyworld:20:2 --workers 0 --batch-size 2 --steps 1"
-    tiny = {"all": "", "pretrain": size, **dict.fromkeys(reproduce.TASKS, size)}
+    tiny = {"all": "--preset tiny", "pretrain": size, **dict.fromkeys(reproduce.TASKS, size)}
     made, real = [], reproduce.do
     note = lambda fit, version: made.append(fit) or real(fit, version)
     with folder() as at, quiet(), mock.patch.dict(reproduce.RECIPES, tiny=tiny), \
