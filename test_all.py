@@ -3914,10 +3914,31 @@ def test_curves():
             curves.figure(logs, ["PQ"])
 
 
+def code_blocks(page):
+    """The Python of a page of ours."""
+    return [x.split("```")[0] for x in (HERE / page).read_text().split("```python\n")[1:]]
+
+
+def test_new_task():
+    """docs/new_task.md: its script learns 8 photos, with the parts of a pre-trained file."""
+    (code,) = code_blocks("docs/new_task.md")
+    with folder() as at, contextlib.redirect_stdout(io.StringIO()) as said:
+        for old, new in (("out/pretrain/best.pt", str(untrained("pretraining", at))),
+                         ("toyworld:256:128", "toyworld:8"), ("range(120)", "range(20)"),
+                         ("(16,)", "(8,)")):
+            assert code.count(old) == 1, old
+            code = code.replace(old, new)
+        with patched(data, open_sources=functools.partial(data.open_sources, overfit=True)):
+            exec(code, names := {})
+    assert all(f"{part}: loaded" in said.getvalue() for part in checkpoints.PARTS)
+    drawn = [np.unique(toyworld.scene(0, i, 64)["semantic"]).tolist() for i in range(8)]
+    assert [row.nonzero()[:, 0].tolist() for row in names["present"]] == drawn
+    assert names["wrong"] < names["constant"] / 2, (names["wrong"], names["constant"])
+
+
 def test_export():
     """docs/export.md: as one graph a network of any task answers as itself, through a file."""
-    blocks = (HERE / "docs/export.md").read_text().split("```python\n")[1:]
-    export, load, hidden = (block.split("```")[0] for block in blocks)
+    export, load, hidden = code_blocks("docs/export.md")
     export = export.replace('load("best.pt", device="cpu")', "MODEL")
     first, last = export.split("photo = torch.zeros(1")
     square = first + hidden + "height = width = side\nphoto = torch.zeros(1" + last
