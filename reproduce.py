@@ -404,7 +404,7 @@ def flags():
     parser = training.Parser(__doc__)
     add = parser.add_argument
     add("table", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
-    add("--preset", choices=RECIPES, default="tiny", help="sizes and recipe: tiny, tiny96, small, or "
+    add("--preset", choices=RECIPES, default="tiny", help="sizes, recipe: tiny, tiny96, small, or "
         "base, which is the paper's")
     add("--tasks", type=lambda text: text.split(","), help="some of the table's, as "
         "semantic,depth (default: all)")

@@ -370,7 +370,9 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
             "boxes": (instances,),
             "semantic": (partial(open_masks, root, keys, on_error, ignore_label, first_label),
                          panoptic)}
-    kind = next(k for k in ways if k in keys)
+    kind = next((k for k in ways if k in keys), None)
+    if kind is None:
+        raise ValueError(f"keys {list(keys)}: give one of {', '.join(ways)}")
     sources = next((found for way in ways[kind] if (found := way())), None)
     if not sources:
         raise InputError(f"--data {root}: nothing in it fits; expected {EXPECTED[kind]} (or "
