@@ -4018,7 +4018,7 @@ def reproduced(at, table, *flags):
 def test_reproduce_makes_every_table_once():
     """Each table and figure in its smallest size; runs that tables share are made once, one that
     was stopped goes on, and a run of other flags is not taken for ours."""
-    size = "--data toyworld:20:2 --workers 0 --batch-size 2 --steps 1"
+    size = "--data toyworld:10:1 --workers 0 --batch-size 1 --steps 1"
     tiny = {"all": "--preset tiny", "pretrain": size, **dict.fromkeys(reproduce.TASKS, size)}
     made, real = [], reproduce.do
     note = lambda fit, version: made.append(fit) or real(fit, version)
