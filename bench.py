@@ -46,10 +46,11 @@ from data import hidden_units, seeded
 from finetune_det import group_losses
 from formats import export
 from formats.masks import mask
+from launch import launch
 from losses import reconstruction_loss
 from model import PRESETS, Config, Detector, Pretrainer
 from tokens import Layout, whole
-from training import Run, launch, pick_device, precision
+from training import Run, pick_device, precision
 
 # what a part times besides "dense"
 NEEDS = {"encoder": ["visible", "all_visible"], "step": ["step"], "losses": [], "data": [],

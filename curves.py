@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 import draw
 import training
 from formats.files import InputError
+from launch import launch
 
 WIDTH, HEIGHT = 520, 340                # px of a panel
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 44       # its margins
@@ -143,4 +144,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="out/curves.png", help="PNG to write")
     parser.add_argument("--metric", type=lambda text: text.split(","), help="names in the logs, "
                         "as mIoU,PQ (default: the first of each run)")
-    training.launch(main, parser.parse_args(sys.argv[1:]))
+    launch(main, parser.parse_args(sys.argv[1:]))

@@ -10,11 +10,7 @@ Photos stay uint8 until they are on the device: a quarter of the bytes to copy a
 """
 import contextlib
 import math
-import os
 import random
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
 
-import toyworld
+from formats.drawn import ToyWorld, toy_scenes
 from formats.files import (
     IGNORE,
     LABELS,
@@ -83,118 +78,7 @@ class Photos:
 
 
 # -----------------------------------------------------------------------------
-# ToyWorld
-
-
-class Table:
-    """Rows, each a dict of numpy arrays, which is emptied, kept as one array a column.
-
-    A data process that is not forked (spawn, forkserver) gets them through a pipe, and a forked one
-    shares them; thousands of small arrays would be slow either way, and as many tensors would each
-    be an open file.
-    """
-
-    def __init__(self, rows):
-        self.length, self.columns, self.ends = len(rows), {}, {}
-        for key in list(rows[0]):
-            values = [row.pop(key) for row in rows]                         # frees them one by one
-            if len({v.shape for v in values}) == 1:
-                self.columns[key] = np.stack(values)
-            else:                                           # a varying number of objects
-                self.columns[key] = np.concatenate(values)
-                self.ends[key] = np.cumsum([0, *map(len, values)])
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        """Row `index`, tensors that share the table's memory."""
-        index = range(self.length)[index]                   # IndexError ends an iteration
-        return {key: torch.from_numpy(
-            column[self.ends[key][index]:self.ends[key][index + 1]] if key in self.ends
-            else column[index, ...]) for key, column in self.columns.items()}
-
-
-def toy_row(seed, size, keys, index):
-    """Scene `index` as a row of a Table: image uint8 [3, S, S], and `keys` as toyworld.scene's."""
-    scene = toyworld.scene(seed, index, size)
-    image = np.ascontiguousarray(scene["image"].transpose(2, 0, 1))         # [3, S, S]
-    return {"image": image} | {k: scene[k] for k in keys}
-
-
-def draw_scenes(seed, size, keys, indexes, what):
-    """Table of these scenes, drawn by all cores that are this process's."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    draw = partial(toy_row, seed, size, keys)
-    bar = partial(tqdm, total=len(indexes), desc=f"drawing ToyWorld {what}", leave=False,
-                  disable=None)
-    if cores > 1 and len(indexes) >= 512:                   # fewer are drawn sooner than shared out
-        with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(cores) as pool:
-            return Table(list(bar(pool.map(draw, indexes, chunksize=32))))
-    return Table(list(bar(map(draw, indexes))))
-
-
-class ToyWorld:
-    """ToyWorld scenes as samples, drawn once when the data set is opened.
-
-    split: "train" or "val"; size: px of a side; seed: see WORLD of toy_scenes.
-    keys: which annotations of toyworld.scene to keep besides the image. Samples hold tv_tensors, so
-    that torchvision's transforms move image, boxes, masks, labels and depth together.
-    """
-    classes = toyworld.CLASSES
-    things = len(toyworld.THINGS)
-    category_ids = range(len(classes))
-    joints = toyworld.KEYPOINTS
-    kinect_frame = False
-
-    def __init__(self, split, count, size, seed=0, keys=()):
-        first = toyworld.SPLIT_START[split]
-        self.samples = draw_scenes(seed, size, keys, range(first, first + count), split)
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        sample = dict(self.samples[index])
-        canvas = sample["image"].shape[1:]
-        kinds = {"image": tv_tensors.Image, "boxes": partial(
-            tv_tensors.BoundingBoxes, format="XYXY", canvas_size=canvas)}
-        kinds |= dict.fromkeys(("semantic", "panoptic", "depth"), tv_tensors.Mask)
-        return {k: kinds[k](v) if k in kinds else v for k, v in sample.items()}
-
-    def view(self, index, choose, size):
-        """As files.read_view, but it is in memory: nothing is gained by a smaller photo."""
-        image = self.samples[index]["image"]
-        return image, choose(*image.shape[1:])
-
-    @property
-    def ids(self):
-        """Image ids, as in the files that formats/export.py writes."""
-        return list(range(len(self.samples)))
-
-    def labels(self, index):
-        """Sample `index` without its photo, at no cost."""
-        return {k: v for k, v in self.samples[index].items() if k != "image"}
-
-
-def toy_scenes(path, default):
-    """--data as the name of drawn scenes -> (training scenes, validation scenes, world), else None.
-
-    path: "toyworld[:TRAINING[:VALIDATION[:WORLD]]]"; default: training scenes. 256 validate by
-    default, or as many as train if these are fewer. Each WORLD (0, 1, ...) has scenes of its own:
-    what is tuned on one is reported on another. InputError for other words after toyworld.
-    """
-    name, *numbers = str(path).split(":")
-    if name != "toyworld":
-        return None
-    if len(numbers) > 3 or not all(n.isdecimal() and n.isascii() for n in numbers) \
-            or "0" in (str(int(n)) for n in numbers[:2]):
-        raise InputError(f"--data {path}: write toyworld, or toyworld:TRAINING:VALIDATION:WORLD "
-                         "from the left as far as you need, as in toyworld:1000")
-    train, val, world = (*map(int, numbers), *[None] * (3 - len(numbers)))
-    train = train or default
-    return train, val or min(train, 256), world or 0
+# Where samples come from
 
 
 def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop", **reading):

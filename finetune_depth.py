@@ -24,6 +24,7 @@ import checkpoints
 import draw
 import training
 from data import InputError, collate, derive_seed, open_depth
+from launch import launch
 from losses import silog_loss
 from metrics import DepthErrors
 from model import DepthEstimator, normalize
@@ -271,4 +272,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    training.launch(main, training.parse(flags(), PRESETS))
+    launch(main, training.parse(flags(), PRESETS))

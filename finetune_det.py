@@ -21,6 +21,7 @@ import checkpoints
 import draw
 import training
 from data import collate, derive_seed, open_detection
+from launch import launch
 from losses import corners, detection_loss
 from metrics import AveragePrecision
 from model import Detector, normalize
@@ -222,4 +223,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    training.launch(main, training.parse(flags(), PRESETS))
+    launch(main, training.parse(flags(), PRESETS))

@@ -25,6 +25,7 @@ import draw
 import pose
 import training
 from data import InputError, collate, derive_seed
+from launch import launch
 from losses import heatmap_loss
 from metrics import OKS_SIGMAS, AveragePrecision
 from model import PoseEstimator, normalize
@@ -241,4 +242,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    training.launch(main, training.parse(flags(), PRESETS))
+    launch(main, training.parse(flags(), PRESETS))

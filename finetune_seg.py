@@ -29,6 +29,7 @@ import draw
 import training
 from data import IGNORE, InputError, collate, derive_seed, find_instances, open_segmentation
 from formats.masks import unstack
+from launch import launch
 from losses import segmentation_loss
 from metrics import AveragePrecision, MeanIoU, PanopticQuality
 from model import Segmenter, normalize
@@ -432,4 +433,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    training.launch(main, training.parse(flags(), PRESETS))
+    launch(main, training.parse(flags(), PRESETS))

@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import ToyWorld, open_sources, seeded
+from data import open_sources, seeded
 from formats.coco import an_id
+from formats.drawn import ToyWorld
 from formats.files import InputError, note
 from metrics import OKS_SIGMAS, keypoint_overlaps
 from toyworld import KEYPOINTS, SKELETON

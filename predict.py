@@ -41,6 +41,7 @@ import training
 from attention import attention
 from formats import results as resultfiles
 from formats.files import InputError, as_photo
+from launch import Stopped, launch
 from model import Config, DepthEstimator, Detector, PoseEstimator, Pretrainer, Segmenter
 
 # the flag that only one script has -> what its checkpoints do, and the script
@@ -288,7 +289,7 @@ def stoppable(out):
     try:
         yield
     except KeyboardInterrupt:
-        raise training.Stopped(signal.SIGINT, f"stopped; {out} holds the pictures so far") from None
+        raise Stopped(signal.SIGINT, f"stopped; {out} holds the pictures so far") from None
 
 
 def main(args):
@@ -350,4 +351,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    training.launch(main, flags().parse_args())
+    launch(main, flags().parse_args())

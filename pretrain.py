@@ -26,6 +26,7 @@ import checkpoints
 import draw
 import training
 from data import collate_pretraining, derive_seed, open_pretraining
+from launch import launch
 from losses import reconstruction_loss
 from model import Pretrainer, normalize, pixel_statistics, split_units
 from survey import survey
@@ -230,4 +231,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    training.launch(main, training.parse(flags(), PRESETS))
+    launch(main, training.parse(flags(), PRESETS))

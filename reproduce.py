@@ -43,6 +43,7 @@ import toyworld
 import training
 from attention import attention
 from data import InputError
+from launch import launch
 
 SEGMENTATION = ("semantic", "instance", "panoptic")
 # task: script, folder of --data, metric, factor as printed, decimals; RMSE is better if it is less
@@ -417,4 +418,4 @@ def flags():
 
 
 if __name__ == "__main__":
-    training.launch(main, flags().parse_args())
+    launch(main, flags().parse_args())

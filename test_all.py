@@ -63,11 +63,12 @@ import toyworld
 import training
 from data import InputError
 from finetune_seg import instance_inference, panoptic_inference, semantic_inference
+from formats import drawn, files
 from formats import export as toyexport
-from formats import files
 from formats import folders as formats
 from formats import masks as cocomask
 from formats import results as resultfiles
+from launch import Stopped, launch
 from model import GLID, PRESETS, Config, DepthEstimator, PoseEstimator, Pretrainer, Segmenter
 from tokens import Layout, at_original, whole
 
@@ -830,7 +831,7 @@ def test_folders_of_photos():
             toyexport.export(at / "toy", "imagenet", count, 64, 0, split)
         assert list(map(len, opened("toy"))) == [3, 1]
         photo = data.open_pretraining(at / "toy", TINY)[1].source[0]["image"].float()
-        scene = data.ToyWorld("val", 1, 64)[0]["image"]
+        scene = drawn.ToyWorld("val", 1, 64)[0]["image"]
         assert (photo - scene).abs().mean() < 10                            # JPEG; others: 40
         (at / "none").mkdir()
         for path, word, options in (
@@ -1577,7 +1578,7 @@ def test_depth_augmentation_keeps_photo_and_depth_together():
 def test_depth_is_graded_and_drawn():
     """Eigen's window has the published corners; invalid is black, near is lighter than far."""
     metric = metrics.DepthErrors(1e-3, 10)
-    for sample in data.ToyWorld("train", 3, 64, keys=["depth"]).samples:
+    for sample in drawn.ToyWorld("train", 3, 64, keys=["depth"]).samples:
         metric.update(sample["depth"].numpy(), sample["depth"].numpy())
     assert metric.result() == dict(zip(metric.NAMES, (1, 1, 1, 0, 0, 0, 0)), images=3, skipped=0)
     args = args_for(finetune_depth, "--eigen-crop")
@@ -2066,7 +2067,7 @@ def told(script, at, *flags):
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
             flags = "--data", at, "--out", at / "out", "--check", *flags
-            training.launch(script.main, args_for(script, *flags))
+            launch(script.main, args_for(script, *flags))
         except SystemExit as end:
             assert end.code in (None, 0) or end.code == 2 and said.getvalue().count("error: ") == 1
     assert not (at / "out").exists() and "Traceback" not in said.getvalue(), said.getvalue()
@@ -2084,7 +2085,7 @@ def test_coco_layout_gives_toyworld_back():
             assert objects.category_ids == tuple(range(3, 31, 4)) and objects.ids == [0, 1, 2]
             assert segments.classes == toyworld.CLASSES
             assert poses.classes == ("person",) and poses.category_ids == (3,)
-            for i, truth in enumerate(data.ToyWorld(split, 3, 64, keys=keys)):
+            for i, truth in enumerate(drawn.ToyWorld(split, 3, 64, keys=keys)):
                 found, pose, panoptic = objects[i], poses[i], segments[i]
                 assert (found["image"].float() - truth["image"]).abs().mean() < 8           # JPEG
                 person, ids = truth["classes"] == 0, truth["segments"]
@@ -2113,13 +2114,13 @@ def test_pairs_give_toyworld_back():
             for source, split in zip(sources, ("train", "val")):
                 assert source.category_ids == tuple(range(1, 13)) and source.things == 0
                 assert source.classes == (names or tuple(map(str, range(1, 13))))
-                for i, truth in enumerate(data.ToyWorld(split, 3, 64, keys=["semantic"])):
+                for i, truth in enumerate(drawn.ToyWorld(split, 3, 64, keys=["semantic"])):
                     assert torch.equal(source.labels(i)["semantic"], truth["semantic"])
     with folder() as at:
         exported(at, "nyu", 12, 16)
         for scale in (1000.0, 500.0):
             for source, split in zip(opened(at, "depth", depth_scale=scale), ("train", "val")):
-                for i, truth in enumerate(data.ToyWorld(split, 12, 16, keys=["depth"])):
+                for i, truth in enumerate(drawn.ToyWorld(split, 12, 16, keys=["depth"])):
                     depth = source[i]["depth"] * scale / 1000
                     assert (depth - truth["depth"]).abs().max() <= 0.00051
                     assert ((depth == 0) == (truth["depth"] == 0)).all()
@@ -2975,7 +2976,7 @@ def rows_of(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def launch(script, *flags):
+def program(script, *flags):
     """Start a script as a program of its own."""
     words = [sys.executable, str(HERE / script), "--preset", "tiny", "--device", "cpu", *flags]
     return subprocess.Popen([str(w) for w in words], env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -3050,7 +3051,7 @@ def test_resume_is_exact():
                  "--save-every", 1, "--steps", 10]                          # 5 steps an epoch
         part, last = [*flags, "--out", at / "part"], at / "part/last.pt"
         for number, code, more in (signal.SIGTERM, 143, []), (signal.SIGKILL, -9, ["--resume"]):
-            before, run = written(last), launch("pretrain.py", *part, *more)
+            before, run = written(last), program("pretrain.py", *part, *more)
             while written(last) == before:
                 assert run.poll() is None, finish(run)
                 time.sleep(0.02)
@@ -3099,12 +3100,12 @@ def test_every_script_resumes_exactly():
             part = args_for(script, *flags, "--out", at / "part")
             with patched(training.Progress, add=interrupting(training.Progress.add,
                                                              signal.SIGTERM)):
-                with raises(training.Stopped, "SIGTERM"):
+                with raises(Stopped, "SIGTERM"):
                     script.main(part)
             assert torch.load(at / "part/last.pt")["step"] == 1
             part.resume = True
             with patched(script, evaluate=interrupting(script.evaluate, signal.SIGINT)):
-                with raises(training.Stopped, "SIGINT"):
+                with raises(Stopped, "SIGINT"):
                     script.main(part)
             kept = torch.load(at / "part/last.pt")
             assert kept["step"] == 2 and kept["due"] and not (at / "part/best.pt").exists()
@@ -3199,7 +3200,7 @@ def work_together(at, processes=2):
             script.main(args_for(script, *flags[:-1], flags[-1] / script.__name__))
     if processes == 2:
         flags = ["--data", "toyworld:8", "--batch-size", 4, "--workers", 0, "--lr", 1e30]
-        training.launch(pretrain.main, args_for(pretrain, *flags, "--out", Path(at, "fails")))
+        launch(pretrain.main, args_for(pretrain, *flags, "--out", Path(at, "fails")))
 
 
 def test_two_processes_are_as_one():
@@ -3342,11 +3343,12 @@ def test_start_methods():
     code = """if True:
         import multiprocessing, resource, sys
         import finetune_det as script, training
+        from launch import launch
         for method, more in ("forkserver", ["--steps", "1"]), ("spawn", ["--eval"]):
             multiprocessing.set_start_method(method, force=True)
             resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
             args = training.parse(script.flags(), script.PRESETS, [*sys.argv[1:], *more])
-            training.launch(script.main, args)"""
+            launch(script.main, args)"""
     with folder() as at:
         flags = ["--preset", "tiny", "--device", "cpu", "--data", "toyworld:48", "--batch-size",
                  "48", "--size", "32", "--workers", "1", "--out", at]
@@ -3357,7 +3359,7 @@ def test_start_methods():
 
 def test_toyworld_is_drawn_the_same_by_many():
     """By several processes or one: the same rows, in order, also of unequal length."""
-    many = data.draw_scenes(0, 8, ["boxes", "depth"], range(512), "test")
+    many = drawn.draw_scenes(0, 8, ["boxes", "depth"], range(512), "test")
     for i in (0, 31, 32, 33, 300, 511):
         scene, row = toyworld.scene(0, i, 8), many[i]
         assert np.array_equal(row["image"].permute(1, 2, 0), scene["image"])
@@ -3457,7 +3459,7 @@ def test_texts_in_any_encoding():
                 formats.class_names(at)
     shown = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     with patched(sys, stdout=shown):
-        training.launch(lambda args: print("class 裂缝"), None)
+        launch(lambda args: print("class 裂缝"), None)
     shown.flush()
     assert shown.buffer.getvalue().strip() == b"class \\u88c2\\u7f1d"
 
@@ -3467,7 +3469,7 @@ def ended(main, args=None):
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
         try:
-            training.launch(main, args)
+            launch(main, args)
             return 0, shown.getvalue()
         except SystemExit as end:
             return end.code, shown.getvalue()
@@ -3479,7 +3481,7 @@ def test_what_ends_a_run_is_told():
         raise error
     for error, code, words in (
             (KeyboardInterrupt(), 130, "stopped"),
-            (training.Stopped(15, "stopped by SIGTERM; --resume"), 143, "--resume"),
+            (Stopped(15, "stopped by SIGTERM; --resume"), 143, "--resume"),
             (OSError(24, "Too many open files"), 2, "ulimit -n"),
             (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 2, "--batch-size"),
             (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 2,
@@ -3584,7 +3586,7 @@ def flattened(answer):
 
 def test_answers_do_not_depend_on_the_batch():
     """A photo's answer is the same alone and beside others, and however it is handed over."""
-    photos = [scene["image"].as_subclass(torch.Tensor) for scene in data.ToyWorld("val", 3, 64)]
+    photos = [scene["image"].as_subclass(torch.Tensor) for scene in drawn.ToyWorld("val", 3, 64)]
     photos[1] = photos[1][:, :40, :56]
     array = photos[1].permute(1, 2, 0).contiguous().numpy()
     lying = io.BytesIO()                                    # as a camera on its side writes it
@@ -3864,7 +3866,7 @@ def test_attention_is_the_decoders():
 def test_pose_asks_for_persons():
     """Persons come from boxes, photo by photo, from a detector's persons alone, or are the whole
     photo; whom the detector is less sure of than the threshold is not asked about."""
-    model, photo = asked("pose"), data.ToyWorld("val", 1, 64)[0]["image"].as_subclass(torch.Tensor)
+    model, photo = asked("pose"), drawn.ToyWorld("val", 1, 64)[0]["image"].as_subclass(torch.Tensor)
     assert model(photo[:, :48])["boxes"].tolist() == [[0, 0, 64, 48]]
     boxes = [[4, 8, 40, 60], [20, 10, 60, 50]]
     for answer, own in zip(model([photo, photo], [boxes, boxes[1:]]), (boxes, boxes[1:])):

@@ -1,0 +1,112 @@
+"""
+How a program ends: what the user can mend in one line and exit code 2, a signal in one line, only
+a fault of ours in a traceback.
+"""
+import contextlib
+import errno
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from formats.files import InputError
+
+
+class Stopped(Exception):
+    """Somebody asked the run to end: args are the signal's number and what is saved."""
+
+
+def launch(main, args):
+    """Call main. What the user can mend ends in one line on stderr and exit code 2; a signal in one
+    line and 128 + its number; only a fault of ours in a traceback."""
+    for stream in (sys.stdout, sys.stderr):     # a name that this terminal cannot show is escaped
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        result = main(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return result
+    except Stopped as stopped:
+        code, message = 128 + stopped.args[0], stopped.args[1]
+    except KeyboardInterrupt:                   # before the first step: as any program
+        code, message = 128 + signal.SIGINT, "stopped before the first step; nothing to save"
+    except (InputError, FloatingPointError) as error:
+        # an error from a data process carries its traceback: the last line is ours
+        text = str(error).strip().splitlines()[-1].replace("formats.files.InputError: ", "")
+        code, message = 2, f"error: {text}"
+    except OSError as error:
+        full = "; raise `ulimit -n`, or take fewer --workers" * (error.errno == errno.EMFILE)
+        code = 2
+        message = f"error: {error.filename or 'input or output'}: {error.strerror or error}{full}"
+    except RuntimeError as error:
+        if not (message := explained(error)):
+            raise
+        code, message = 2, f"error: {message}"
+    last_word(message)
+    sys.exit(code)
+
+
+def explained(error):
+    """What a RuntimeError of torch means for the user, or None if it may be a fault of ours."""
+    text = str(error)
+    first = text.strip().splitlines()[0] if text.strip() else ""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU's memory is full ({first[:120]}); lower --batch-size or the sizes"
+    if isinstance(error, NotImplementedError) and "MPS" in text:
+        return f"Apple's GPU lacks an operation ({first[:120]}); --device cpu, or set " \
+            "PYTORCH_ENABLE_MPS_FALLBACK=1"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed ({first[:120]}); --no-compile goes on without"
+    if "DataLoader worker" in text and ("killed" in text or "exited" in text):
+        return f"a data process has ended ({first[:120]}); was memory full? Try --workers 0"
+    if dist.is_initialized() and ("gloo" in text or isinstance(error, dist.DistBackendError)):
+        return "another process of this run has ended; its message says why"
+    return None
+
+
+def last_word(message):
+    """Print the line on stderr, once for all processes of a machine, and under torchrun once more
+    below the long report that it writes when a process fails."""
+    torchrun = os.getppid()
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not hasattr(os, "fork"):
+        print(message, file=sys.stderr, flush=True)
+        return
+    words = torchrun, os.environ["TORCHELASTIC_RUN_ID"], os.environ.get("MASTER_PORT"), \
+        os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    claim = Path(tempfile.gettempdir(), "nanoglid-" + "-".join(map(str, words)))
+    with contextlib.suppress(OSError):          # of an earlier machine with the same numbers
+        if time.time() - claim.stat().st_mtime > 60:
+            claim.unlink()
+    try:
+        claim.open("x").close()
+    except FileExistsError:                     # another process has said it
+        return
+    except OSError:
+        pass
+    # one write, on a line of its own: another process may be in the middle of its progress bar
+    print(f"\n{message}\n", end="", file=sys.stderr, flush=True)
+    if os.fork() == 0:
+        try:
+            os.setsid()                         # torchrun ends our process group
+            os.closerange(3, 4096)              # what the others wait for must close, GPUs as well
+            while running(torchrun):
+                time.sleep(0.05)
+            os.write(2, f"{message}\n".encode(errors="backslashreplace"))
+        finally:
+            claim.unlink(missing_ok=True)
+            os._exit(0)
+
+
+def running(process):
+    """Whether a process lives, to Linux's knowledge; elsewhere False."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        return stat.rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
