@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import ImageDraw
 from tqdm import tqdm
 
 import curves
 import draw
+import pictures
 import predict
 import pretrain
 import toyworld
@@ -340,18 +340,20 @@ def convergence(args, found):
 
 def attention_maps(args):
     """Figure 4: where two queries of each model look in the same drawn photo: PIL image."""
-    row, rows = PARTS[3], []
-    photo = torch.from_numpy(toyworld.scene(0, 3_000_000, 192)["image"]).permute(2, 0, 1)
+    scene, row, panels = toyworld.scene(0, 3_000_119, 192), PARTS[3], []
+    photo, person = (torch.from_numpy(scene[k]) for k in ("image", "boxes"))
+    photo, person = photo.permute(2, 0, 1), person[:1]                      # it is the nearest
     fits = [pretraining(args, row, 0), *(finetuning(args, row, task, 0) for task in args.tasks)]
     for name, fit in zip(("pre-training", *args.tasks), fits):
-        if finished(fit):
-            model = predict.load(Path(fit.out, "best.pt"))
-            queries = [1, 2] if name == "pre-training" else None        # else the surest
-            picture = attention(model, photo, model(photo), queries)
-            rows.append(picture.crop((0, 0, picture.width, picture.height // 2)))
-            ImageDraw.Draw(rows[-1]).text((4, 4), name, "white", draw.font(20), stroke_width=2,
-                                          stroke_fill="black")
-    return draw.below(rows) if rows else None
+        model = predict.load(Path(fit.out, "best.pt"))
+        answer = model(photo, person if name == "pose" else None)
+        picture = attention(model, photo, answer, [1, 2] if name == "pre-training" else None)
+        if name != "pre-training":                                          # the two surest of four
+            picture = picture.crop((0, 0, picture.width, picture.height // 2))
+        picture = picture.resize((720, picture.height * 720 // picture.width))
+        panels.append(pictures.titled([picture], [name]))
+    half = -(-len(panels) // 2)
+    return draw.beside([draw.below(panels[:half]), draw.below(panels[half:])], gap=16)
 
 
 def report(args):
