@@ -24,10 +24,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import defaultdict, namedtuple
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
-from multiprocessing import get_context
+from itertools import islice
+from multiprocessing import active_children, current_process, get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +60,7 @@ PRETRAININGS = 3
 
 # Flags of the runs, besides the defaults of the scripts. docs/results.md says what is known of them
 DRAWN = "--data toyworld:256:512"
+LONGER = "--data toyworld:4096:1024 --steps 4000 --eval-every 1000"
 RECIPES = {
     # two CPU cores: a pre-training takes an hour, a fine-tuning one to four minutes
     "tiny": {
@@ -80,11 +83,8 @@ RECIPES = {
     "small": {
         "all": "--preset small",
         "pretrain": "--data toyworld:32768:1024 --epochs 100 --warmup-epochs 5 --eval-every 640",
-        **dict.fromkeys((*SEGMENTATION, "detection"), "--size 192 --data toyworld:4096:1024 "
-                        "--batch-size 16 --steps 4000 --eval-every 1000"),
-        "depth": "--crop 192 192 --data toyworld:4096:1024 --batch-size 16 --steps 4000 "
-                 "--eval-every 1000",
-        "pose": "--data toyworld:4096:1024 --steps 4000 --eval-every 1000",
+        **dict.fromkeys((*SEGMENTATION, "detection"), f"{LONGER} --size 192 --batch-size 16"),
+        "depth": f"{LONGER} --crop 192 192 --batch-size 16", "pose": LONGER,
     },
     # total batches of 2048 and 16 [paper], and ViTPose's 512, by one process; untried
     "base": {"all": "--preset base", "pretrain": "--accumulate 32", "pose": "--accumulate 8",
@@ -143,11 +143,7 @@ TABLES = {
 # Runs
 
 
-class Fit(NamedTuple):
-    """One run of a script."""
-    script: str
-    out: str
-    argv: tuple
+Fit = namedtuple("Fit", "script out argv")      # one run of a script
 
 
 def words(args, kind, changes):
@@ -193,36 +189,56 @@ def finetuning(args, row, task, seed):
 
 def do(fit, commit):
     """Make a run, or go on with it, if it is not there already; returns what run.json then holds.
-    What the script prints goes to OUT/output.txt."""
-    out = Path(fit.out)
-    if (found := finished(fit)):
+    What the script prints goes to OUT/output.txt. Stopped, InputError, FloatingPointError."""
+    out, found = Path(fit.out), recorded(fit)
+    if "evaluations" in found:
         return found
     out.mkdir(parents=True, exist_ok=True)
     script, begun = import_module(fit.script), time.perf_counter()
     resume = ["--resume"] * (out / "last.pt").exists()
     args = training.parse(script.flags(), script.PRESETS, [*fit.argv, "--out", fit.out, *resume])
-    with open(out / "output.txt", "a", encoding="utf-8") as file, \
-            contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        script.main(args)
-    rows = [json.loads(line) for line in
-            (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    content = {"script": fit.script, "flags": list(fit.argv), "seconds":
-               round(time.perf_counter() - begun, 1), "resumed": bool(resume), "device": device(),
-               "commit": commit, "evaluations": [row for row in rows if "lr" not in row]}
-    (out / "run.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+    commits = dict.fromkeys([*found.get("commit", "").split(), commit])
+    content = {"script": fit.script, "flags": list(fit.argv), "seconds": found.get("seconds", 0),
+               "resumed": bool(resume), "device": device(), "commit": " ".join(commits)}
+
+    def record(**more):
+        seconds = round(content["seconds"] + time.perf_counter() - begun, 1)
+        (out / "run.tmp").write_text(json.dumps(content | {"seconds": seconds} | more) + "\n",
+                                     encoding="utf-8")
+        os.replace(out / "run.tmp", out / "run.json")
+    try:
+        with open(out / "output.txt", "a", encoding="utf-8") as file, \
+                contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            script.main(args)
+    except training.Stopped as stopped:
+        record()
+        stop(*stopped.args)
+    except (InputError, FloatingPointError) as error:
+        raise type(error)(f"{fit.out}: {str(error).strip().splitlines()[-1]}") from error
+    rows = map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    record(evaluations=[row for row in rows if "lr" not in row])
+    return recorded(fit)
+
+
+def stop(number, _):
+    """Handler of a signal: end here."""
+    raise training.Stopped(number, f"stopped by {signal.Signals(number).name}; the same command "
+                           "goes on")
+
+
+def recorded(fit):
+    """What OUT/run.json holds: {} if there is none, no "evaluations" before the run's end."""
+    path = Path(fit.out, "run.json")
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if content and content["flags"] != list(fit.argv):
+        raise InputError(f"--out {fit.out}: holds a run of other flags, see its run.json; give "
+                         "another --out, or remove it")
     return content
 
 
 def finished(fit):
     """What OUT/run.json holds, None if the run is not finished."""
-    path = Path(fit.out, "run.json")
-    if not path.exists():
-        return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["flags"] != list(fit.argv):
-        raise InputError(f"--out {fit.out}: holds a run of other flags; remove it, or give another "
-                         "--out")
-    return content
+    return found if "evaluations" in (found := recorded(fit)) else None
 
 
 def device():
@@ -245,40 +261,52 @@ def commit():
     return "unknown"
 
 
-def prepare(number, jobs):
-    """A worker's share of the machine: its cores, and one GPU."""
-    with number.get_lock():
-        number.value += 1
-        mine = number.value
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    if gpus := torch.cuda.device_count():
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(mine % gpus)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # the loops of the scripts listen
+def prepare(jobs):
+    """A worker's share of the machine, its cores and one GPU; and its end at SIGTERM."""
+    number = int(current_process().name.rpartition("-")[2]) % (torch.cuda.device_count() or 1)
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    os.environ.update(LOCAL_RANK=str(number), LOCAL_WORLD_SIZE=str(jobs))   # as torchrun does
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
-def do_all(fits, jobs, after):
-    """Make all runs, `jobs` at a time; after() is called after each."""
+def at_once(fits, version, jobs):
+    """do() in `jobs` processes; yields (Fit, what it returns). When one fails, or somebody stops
+    us, the others save and end."""
+    left, running = iter(fits), {}
+    with ProcessPoolExecutor(jobs, get_context("spawn"), prepare, (jobs,)) as pool:
+        try:
+            while True:
+                # Ctrl-C reaches us alone: the workers inherit that it is ignored. No run waits in
+                # the pool, which would begin it after our end
+                before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+                running |= {pool.submit(do, fit, version): fit
+                            for fit in islice(left, jobs - len(running))}
+                signal.signal(signal.SIGINT, before)
+                if not running:
+                    return
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(done), done.result()
+        except BrokenProcessPool:
+            raise InputError(f"--jobs {jobs}: a run's process was killed; was memory full? The "
+                             "same command goes on, with fewer --jobs in less memory") from None
+        except BaseException:
+            for worker in active_children():
+                worker.terminate()
+            raise
+
+
+def do_all(args, fits):
+    """Make all runs, --jobs at a time; write the results after each."""
     fits, version = [f for f in dict.fromkeys(fits) if not finished(f)], commit()
+    made = at_once(fits, version, args.jobs) if args.jobs > 1 else (
+        (fit, do(fit, version)) for fit in fits)
     with tqdm(total=len(fits), desc="runs", file=sys.stdout) as bar:
-        def told(fit, content):
-            last = {k: v for k, v in content["evaluations"][-1].items() if k != "step"}
-            words = ", ".join(f"{k} {v:.4g}" for k, v in list(last.items())[:3])
+        for fit, content in made:
+            _, *last = content["evaluations"][-1].items()               # the step is the first
+            words = ", ".join(f"{k} {v:.4g}" for k, v in last[:3])
             bar.write(f"{fit.out}: {words} ({content['seconds']:.0f} s)", file=sys.stdout)
             bar.update()
-            after()
-        if jobs == 1:
-            for fit in fits:
-                told(fit, do(fit, version))
-            return
-        context = get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, prepare, (context.Value("i", -1), jobs)) as pool:
-            waiting = {pool.submit(do, fit, version): fit for fit in fits}
-            try:
-                for done in as_completed(waiting):
-                    told(waiting[done], done.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            report(args)
 
 
 # -----------------------------------------------------------------------------
@@ -345,32 +373,36 @@ def attention_maps(args):
     for name, fit in zip(("pre-training", *args.tasks), fits):
         if finished(fit):
             model = predict.load(Path(fit.out, "best.pt"))
-            queries = [1, 2] if name == "pre-training" else None        # else the surest
+            queries = range(4) if name == "pre-training" else None      # else the surest
             picture = attention(model, photo, model(photo), queries)
             rows.append(picture.crop((0, 0, picture.width, picture.height // 2)))
-            ImageDraw.Draw(rows[-1]).text((4, 4), name, "white", draw.font(20), stroke_width=2,
+            ImageDraw.Draw(rows[-1]).text((4, 30), name, "white", draw.font(20), stroke_width=2,
                                           stroke_fill="black")
     return draw.below(rows) if rows else None
 
 
+def runs(args):
+    """What a table needs: (pre-trainings, a list of Fit; {(label of a row, task, seed): Fit})."""
+    columns, rows = TABLES[args.table]
+    wanted = [(row, task, seed) for seed in range(1 if args.table == "figure4" else args.seeds)
+              for task in args.tasks for row in rows if task in (row.tasks or columns)]
+    starts = dict.fromkeys(pretraining(args, row, seed) for row, _, seed in wanted if row.load)
+    return list(starts), {(row.label, task, seed): finetuning(args, row, task, seed)
+                          for row, task, seed in wanted}
+
+
 def report(args):
     """Write what is there: results/TABLE-PRESET.json, .md, and .png of a figure; the Markdown."""
-    columns, rows = TABLES[args.table]
-    fits = {(row, task, seed): finetuning(args, rows[row], task, seed) for row in range(len(rows))
-            for task in args.tasks if task in (rows[row].tasks or columns)
-            for seed in range(args.seeds)}
-    found, runs = defaultdict(dict), []
-    for (row, task, seed), fit in fits.items():
+    found, raw, (starts, fits) = defaultdict(dict), [], runs(args)
+    for (label, task, seed), fit in fits.items():
         if run := finished(fit):
-            found[rows[row].label, task][seed] = run
-            runs.append({"row": rows[row].label, "task": task, "seed": seed} | run)
-    for name in dict.fromkeys(pretraining(args, row, seed) for row in rows if row.load
-                              for seed in range(args.seeds)):
-        if run := finished(name):
-            runs.append({"row": "pre-training", "out": name.out} | run)
+            found[label, task][seed] = run
+            raw.append({"row": label, "task": task, "seed": seed} | run)
+    raw += [{"row": "pre-training", "out": fit.out} | run for fit in starts
+            if (run := finished(fit))]
     path = Path(args.results, f"{args.table}-{args.preset}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(run) for run in runs)
+    lines = ",\n".join(map(json.dumps, raw))
     text = markdown(args, found)
     path.with_suffix(".json").write_text(f"[{lines}]\n", encoding="utf-8")
     path.with_suffix(".md").write_text(text, encoding="utf-8")
@@ -379,18 +411,19 @@ def report(args):
 
 def main(args):
     """Make the runs of a table, write its results; returns the Markdown."""
-    columns, rows = TABLES[args.table]
+    columns, _ = TABLES[args.table]
     args.tasks = args.tasks or list(columns)
     if unknown := set(args.tasks) - set(columns):
         raise InputError(f"--tasks {unknown.pop()}: {args.table} has {', '.join(columns)}")
     if not args.data and "--data" not in RECIPES[args.preset]["pretrain"]:
         raise InputError(f"--data is missing: --preset {args.preset} has no drawn photos")
-    seeds = range(1 if args.table == "figure4" else args.seeds)
-    wanted = [(row, task, seed) for seed in seeds for task in args.tasks for row in rows
-              if task in (row.tasks or columns)]
-    first = [pretraining(args, row, seed) for row, _, seed in wanted if row.load]
-    do_all(first, args.jobs, lambda: None)
-    do_all([finetuning(args, *run) for run in wanted], args.jobs, lambda: report(args))
+    starts, fits = runs(args)
+    folders = ["imagenet"] * (not all(map(finished, starts))) + [TASKS[t][1] for t in args.tasks]
+    if args.data and (bad := [name for name in folders if not Path(args.data, name).is_dir()]):
+        raise InputError(f"--data {args.data}: has no folder {bad[0]}/, which {args.table} reads")
+    report(args)                                            # fails now if --results is read-only
+    do_all(args, starts)
+    do_all(args, fits.values())
     text, found, path = report(args)
     draws = {"figure4": lambda: attention_maps(args), "figure5": lambda: convergence(args, found)}
     if args.table in draws:
@@ -406,8 +439,8 @@ def flags():
     add("table", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
     add("--preset", choices=RECIPES, default="tiny", help="sizes, recipe: tiny, tiny96, small, or "
         "base, which is the paper's")
-    add("--tasks", type=lambda text: text.split(","), help="some of the table's, as "
-        "semantic,depth (default: all)")
+    add("--tasks", type=lambda text: text.split(","), metavar="TASKS", help="some of the "
+        "table's, as semantic,depth (default: all)")
     add("--seeds", type=training.POSITIVE, default=3, help="fine-tunings of each row")
     add("--jobs", type=training.POSITIVE, default=1, help="runs at a time: one a GPU, or a core")
     add("--data", help="folder of the official data sets; without it tiny and small draw photos")
@@ -417,4 +450,6 @@ def flags():
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     training.launch(main, flags().parse_args())
