@@ -5,20 +5,22 @@ go to results/.
     python reproduce.py table4 --preset tiny --seeds 4 --jobs 2       # drawn photos, two CPU cores
     python reproduce.py figure5 --preset tiny --seeds 4 --tasks depth # the same runs, as curves
     python reproduce.py table4 --preset base --data DATA --jobs 8     # the paper's own, on 8 GPUs
+
 TABLE is table3 (several tasks in one network), table4 (parts of the pre-trained model), table5
 (decoder layers), table6 (length of pre-training), table7 (masks), table8 (few labels), figure4
 (attention maps) or figure5 (table4's runs as curves). DATA holds imagenet/, ADEChallengeData2016/,
 coco/ and nyu/ in their official formats; each run is one process on one GPU with the paper's batch.
 
-Tables share what they have in common: a run is made once, below --out. One that was stopped goes
-on, and results are written after each. Fine-tuning seed s starts from pre-training seed s mod 3,
-so that two rows with the same seeds are pairs, and a row's difference to the row above has an
-error of its own.
+Tables share what they have in common: a run is made once, below --out, and results are written
+after each. Ctrl-C saves all runs; the same command goes on. Fine-tuning seed s starts from
+pre-training seed s mod 3, so that two rows with the same seeds are pairs, and a row's difference to
+the row above has an error of its own.
 """
 import contextlib
 import json
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -197,14 +199,13 @@ def do(fit, commit):
     script, begun = import_module(fit.script), time.perf_counter()
     resume = ["--resume"] * (out / "last.pt").exists()
     args = training.parse(script.flags(), script.PRESETS, [*fit.argv, "--out", fit.out, *resume])
-    commits = dict.fromkeys([*found.get("commit", "").split(), commit])
-    content = {"script": fit.script, "flags": list(fit.argv), "seconds": found.get("seconds", 0),
-               "resumed": bool(resume), "device": device(), "commit": " ".join(commits)}
 
-    def record(**more):
-        seconds = round(content["seconds"] + time.perf_counter() - begun, 1)
-        (out / "run.tmp").write_text(json.dumps(content | {"seconds": seconds} | more) + "\n",
-                                     encoding="utf-8")
+    def record(**more):                                     # after a part of the run, or all of it
+        commits = dict.fromkeys([*found.get("commit", "").split(), commit])
+        seconds = round(found.get("seconds", 0) + time.perf_counter() - begun, 1)
+        content = {"script": fit.script, "flags": fit.argv, "seconds": seconds, "resumed":
+                   bool(resume), "device": device(), "commit": " ".join(commits)} | more
+        (out / "run.tmp").write_text(json.dumps(content) + "\n", encoding="utf-8")
         os.replace(out / "run.tmp", out / "run.json")
     try:
         with open(out / "output.txt", "a", encoding="utf-8") as file, \
@@ -263,10 +264,11 @@ def commit():
 
 def prepare(jobs):
     """A worker's share of the machine, its cores and one GPU; and its end at SIGTERM."""
-    number = int(current_process().name.rpartition("-")[2]) % (torch.cuda.device_count() or 1)
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-    os.environ.update(LOCAL_RANK=str(number), LOCAL_WORLD_SIZE=str(jobs))   # as torchrun does
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    number = int(re.search(r"\d+$", current_process().name)[0])             # 1, 2, ...
+    gpu = number % (torch.cuda.device_count() or 1)
+    os.environ.update(LOCAL_RANK=str(gpu), LOCAL_WORLD_SIZE=str(jobs))      # as torchrun does
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def at_once(fits, version, jobs):
