@@ -5,29 +5,33 @@ go to results/.
     python reproduce.py table4 --preset tiny --seeds 4 --jobs 2       # drawn photos, two CPU cores
     python reproduce.py figure5 --preset tiny --seeds 4 --tasks depth # the same runs, as curves
     python reproduce.py table4 --preset base --data DATA --jobs 8     # the paper's own, on 8 GPUs
+
 TABLE is table3 (several tasks in one network), table4 (parts of the pre-trained model), table5
 (decoder layers), table6 (length of pre-training), table7 (masks), table8 (few labels), figure4
 (attention maps) or figure5 (table4's runs as curves). DATA holds imagenet/, ADEChallengeData2016/,
 coco/ and nyu/ in their official formats; each run is one process on one GPU with the paper's batch.
 
-Tables share what they have in common: a run is made once, below --out. One that was stopped goes
-on, and results are written after each. Fine-tuning seed s starts from pre-training seed s mod 3,
-so that two rows with the same seeds are pairs, and a row's difference to the row above has an
-error of its own.
+Tables share what they have in common: a run is made once, below --out, and results are written
+after each. Ctrl-C saves all runs; the same command goes on. Fine-tuning seed s starts from
+pre-training seed s mod 3, so that two rows with the same seeds are pairs, and a row's difference to
+the row above has an error of its own.
 """
 import contextlib
 import json
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import defaultdict, namedtuple
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
-from multiprocessing import get_context
+from itertools import islice, product
+from multiprocessing import active_children, current_process, get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +47,7 @@ import toyworld
 import training
 from attention import attention
 from data import InputError
-from launch import launch
+from launch import Stopped, launch
 
 SEGMENTATION = ("semantic", "instance", "panoptic")
 # task: script, folder of --data, metric, factor as printed, decimals; RMSE is better if it is less
@@ -59,6 +63,7 @@ PRETRAININGS = 3
 
 # Flags of the runs, besides the defaults of the scripts. docs/results.md says what is known of them
 DRAWN = "--data toyworld:256:512"
+LONGER = "--data toyworld:4096:1024 --steps 4000 --eval-every 1000"
 RECIPES = {
     # two CPU cores: a pre-training takes an hour, a fine-tuning one to four minutes
     "tiny": {
@@ -81,11 +86,8 @@ RECIPES = {
     "small": {
         "all": "--preset small",
         "pretrain": "--data toyworld:32768:1024 --epochs 100 --warmup-epochs 5 --eval-every 640",
-        **dict.fromkeys((*SEGMENTATION, "detection"), "--size 192 --data toyworld:4096:1024 "
-                        "--batch-size 16 --steps 4000 --eval-every 1000"),
-        "depth": "--crop 192 192 --data toyworld:4096:1024 --batch-size 16 --steps 4000 "
-                 "--eval-every 1000",
-        "pose": "--data toyworld:4096:1024 --steps 4000 --eval-every 1000",
+        **dict.fromkeys((*SEGMENTATION, "detection"), f"{LONGER} --size 192 --batch-size 16"),
+        "depth": f"{LONGER} --crop 192 192 --batch-size 16", "pose": LONGER,
     },
     # total batches of 2048 and 16 [paper], and ViTPose's 512, by one process; untried
     "base": {"all": "--preset base", "pretrain": "--accumulate 32", "pose": "--accumulate 8",
@@ -144,11 +146,7 @@ TABLES = {
 # Runs
 
 
-class Fit(NamedTuple):
-    """One run of a script."""
-    script: str
-    out: str
-    argv: tuple
+Fit = namedtuple("Fit", "script out argv")      # one run of a script
 
 
 def words(args, kind, changes):
@@ -194,36 +192,55 @@ def finetuning(args, row, task, seed):
 
 def do(fit, commit):
     """Make a run, or go on with it, if it is not there already; returns what run.json then holds.
-    What the script prints goes to OUT/output.txt."""
-    out = Path(fit.out)
-    if (found := finished(fit)):
+    What the script prints goes to OUT/output.txt. Stopped, InputError, FloatingPointError."""
+    out, found = Path(fit.out), recorded(fit)
+    if "evaluations" in found:
         return found
     out.mkdir(parents=True, exist_ok=True)
     script, begun = import_module(fit.script), time.perf_counter()
     resume = ["--resume"] * (out / "last.pt").exists()
     args = training.parse(script.flags(), script.PRESETS, [*fit.argv, "--out", fit.out, *resume])
-    with open(out / "output.txt", "a", encoding="utf-8") as file, \
-            contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        script.main(args)
-    rows = [json.loads(line) for line in
-            (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    content = {"script": fit.script, "flags": list(fit.argv), "seconds":
-               round(time.perf_counter() - begun, 1), "resumed": bool(resume), "device": device(),
-               "commit": commit, "evaluations": [row for row in rows if "lr" not in row]}
-    (out / "run.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    def record(**more):                                     # after a part of the run, or all of it
+        commits = dict.fromkeys([*found.get("commit", "").split(), commit])
+        seconds = round(found.get("seconds", 0) + time.perf_counter() - begun, 1)
+        content = {"script": fit.script, "flags": fit.argv, "seconds": seconds, "resumed":
+                   bool(resume), "device": device(), "commit": " ".join(commits)} | more
+        (out / "run.tmp").write_text(json.dumps(content) + "\n", encoding="utf-8")
+        os.replace(out / "run.tmp", out / "run.json")
+    try:
+        with open(out / "output.txt", "a", encoding="utf-8") as file, \
+                contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            script.main(args)
+    except Stopped as stopped:
+        record()
+        stop(*stopped.args)
+    except (InputError, FloatingPointError) as error:
+        raise type(error)(f"{fit.out}: {str(error).strip().splitlines()[-1]}") from error
+    rows = map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    record(evaluations=[row for row in rows if "lr" not in row])
+    return recorded(fit)
+
+
+def stop(number, _):
+    """Handler of a signal: end here."""
+    raise Stopped(number, f"stopped by {signal.Signals(number).name}; the same command "
+                           "goes on")
+
+
+def recorded(fit):
+    """What OUT/run.json holds: {} if there is none, no "evaluations" before the run's end."""
+    path = Path(fit.out, "run.json")
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if content and content["flags"] != list(fit.argv):
+        raise InputError(f"--out {fit.out}: holds a run of other flags, see its run.json; give "
+                         "another --out, or remove it")
     return content
 
 
 def finished(fit):
     """What OUT/run.json holds, None if the run is not finished."""
-    path = Path(fit.out, "run.json")
-    if not path.exists():
-        return None
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["flags"] != list(fit.argv):
-        raise InputError(f"--out {fit.out}: holds a run of other flags; remove it, or give another "
-                         "--out")
-    return content
+    return found if "evaluations" in (found := recorded(fit)) else None
 
 
 def device():
@@ -246,40 +263,53 @@ def commit():
     return "unknown"
 
 
-def prepare(number, jobs):
-    """A worker's share of the machine: its cores, and one GPU."""
-    with number.get_lock():
-        number.value += 1
-        mine = number.value
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-    if gpus := torch.cuda.device_count():
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(mine % gpus)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # the loops of the scripts listen
+def prepare(jobs):
+    """A worker's share of the machine, its cores and one GPU; and its end at SIGTERM."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    number = int(re.search(r"\d+$", current_process().name)[0])             # 1, 2, ...
+    gpu = number % (torch.cuda.device_count() or 1)
+    os.environ.update(LOCAL_RANK=str(gpu), LOCAL_WORLD_SIZE=str(jobs))      # as torchrun does
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-def do_all(fits, jobs, after):
-    """Make all runs, `jobs` at a time; after() is called after each."""
+def at_once(fits, version, jobs):
+    """do() in `jobs` processes; yields (Fit, what it returns). When one fails, or somebody stops
+    us, the others save and end."""
+    left, running = iter(fits), {}
+    with ProcessPoolExecutor(jobs, get_context("spawn"), prepare, (jobs,)) as pool:
+        try:
+            while True:
+                # Ctrl-C reaches us alone: the workers inherit that it is ignored. No run waits in
+                # the pool, which would begin it after our end
+                before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+                running |= {pool.submit(do, fit, version): fit
+                            for fit in islice(left, jobs - len(running))}
+                signal.signal(signal.SIGINT, before)
+                if not running:
+                    return
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(done), done.result()
+        except BrokenProcessPool:
+            raise InputError(f"--jobs {jobs}: a run's process was killed; was memory full? The "
+                             "same command goes on, with fewer --jobs in less memory") from None
+        except BaseException:
+            for worker in active_children():
+                worker.terminate()
+            raise
+
+
+def do_all(args, fits):
+    """Make all runs, --jobs at a time; write the results after each."""
     fits, version = [f for f in dict.fromkeys(fits) if not finished(f)], commit()
+    made = at_once(fits, version, args.jobs) if args.jobs > 1 else (
+        (fit, do(fit, version)) for fit in fits)
     with tqdm(total=len(fits), desc="runs", file=sys.stdout) as bar:
-        def told(fit, content):
-            last = {k: v for k, v in content["evaluations"][-1].items() if k != "step"}
-            words = ", ".join(f"{k} {v:.4g}" for k, v in list(last.items())[:3])
+        for fit, content in made:
+            _, *last = content["evaluations"][-1].items()               # the step is the first
+            words = ", ".join(f"{k} {v:.4g}" for k, v in last[:3])
             bar.write(f"{fit.out}: {words} ({content['seconds']:.0f} s)", file=sys.stdout)
             bar.update()
-            after()
-        if jobs == 1:
-            for fit in fits:
-                told(fit, do(fit, version))
-            return
-        context = get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, prepare, (context.Value("i", -1), jobs)) as pool:
-            waiting = {pool.submit(do, fit, version): fit for fit in fits}
-            try:
-                for done in as_completed(waiting):
-                    told(waiting[done], done.result())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+            report(args)
 
 
 # -----------------------------------------------------------------------------
@@ -295,12 +325,13 @@ def spread(values, factor, decimals, sign=""):
 
 
 def markdown(args, found):
-    """The table; found: {(label of a row, task): {seed: what run.json holds}}."""
+    """The table of what `report` found."""
     columns, rows = TABLES[args.table]
     lines = [f"# {args.table}, preset {args.preset}", "", "Mean ± standard error over the seeds, "
              "at the end of the schedule and of the mean of all evaluations. A difference is to "
-             "the row above, over the seeds that both have.", ""]
-    for task in args.tasks:
+             "the row above, over the seeds that both have. Seeds that share a pre-training are "
+             "not independent of it: the error does not hold the spread of pre-trainings.", ""]
+    for task in dict.fromkeys(task for _, task in found):
         *_, metric, factor, decimals = TASKS[task]
         lines += [f"| {task}, {metric} | seeds | at the end | difference | mean of evaluations | "
                   "difference | paper |", "|---" * 7 + "|"]
@@ -324,10 +355,10 @@ def markdown(args, found):
     return "\n".join(lines)
 
 
-def convergence(args, found):
+def convergence(found):
     """Figure 5: the mean over the seeds at each evaluation, a panel for each task: PIL image."""
     labels, panels = [row.label for row in PARTS], []
-    for task in args.tasks:
+    for task in dict.fromkeys(task for _, task in found):
         metric = TASKS[task][2]
         lines = {label: [(same[0]["step"], statistics.mean(e[metric] for e in same)) for same in
                          zip(*(run["evaluations"] for run in found[label, task].values()))]
@@ -357,24 +388,23 @@ def attention_maps(args):
 
 
 def report(args):
-    """Write what is there: results/TABLE-PRESET.json, .md, and .png of a figure; the Markdown."""
+    """Write what is there, of all tasks and seeds: results/TABLE-PRESET.json and .md. Returns the
+    Markdown, {(label of a row, task): {seed: what run.json holds}} and the path without suffix."""
     columns, rows = TABLES[args.table]
-    fits = {(row, task, seed): finetuning(args, rows[row], task, seed) for row in range(len(rows))
-            for task in args.tasks if task in (rows[row].tasks or columns)
-            for seed in range(args.seeds)}
-    found, runs = defaultdict(dict), []
-    for (row, task, seed), fit in fits.items():
-        if run := finished(fit):
-            found[rows[row].label, task][seed] = run
-            runs.append({"row": rows[row].label, "task": task, "seed": seed} | run)
-    for name in dict.fromkeys(pretraining(args, row, seed) for row in rows if row.load
-                              for seed in range(args.seeds)):
-        if run := finished(name):
-            runs.append({"row": "pre-training", "out": name.out} | run)
+    found, raw, starts = defaultdict(dict), [], {}
+    for row, task in product(rows, columns):
+        folder = Path(finetuning(args, row, task, 0).out).parent
+        for seed in sorted(int(path.parent.name) for path in folder.glob("*/run.json")):
+            run = finished(finetuning(args, row, task, seed))
+            if run and task in (row.tasks or columns):
+                found[row.label, task][seed] = run
+                raw.append({"row": row.label, "task": task, "seed": seed} | run)
+                if row.load:
+                    start = pretraining(args, row, seed)
+                    starts[start] = {"row": "pre-training", "out": start.out} | recorded(start)
     path = Path(args.results, f"{args.table}-{args.preset}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(run) for run in runs)
-    text = markdown(args, found)
+    text, lines = markdown(args, found), ",\n".join(map(json.dumps, [*raw, *starts.values()]))
     path.with_suffix(".json").write_text(f"[{lines}]\n", encoding="utf-8")
     path.with_suffix(".md").write_text(text, encoding="utf-8")
     return text, found, path
@@ -389,13 +419,17 @@ def main(args):
     if not args.data and "--data" not in RECIPES[args.preset]["pretrain"]:
         raise InputError(f"--data is missing: --preset {args.preset} has no drawn photos")
     seeds = range(1 if args.table == "figure4" else args.seeds)
-    wanted = [(row, task, seed) for seed in seeds for task in args.tasks for row in rows
+    wanted = [(row, task, seed) for seed, task, row in product(seeds, args.tasks, rows)
               if task in (row.tasks or columns)]
-    first = [pretraining(args, row, seed) for row, _, seed in wanted if row.load]
-    do_all(first, args.jobs, lambda: None)
-    do_all([finetuning(args, *run) for run in wanted], args.jobs, lambda: report(args))
+    starts = dict.fromkeys(pretraining(args, row, seed) for row, _, seed in wanted if row.load)
+    folders = ["imagenet"] * (not all(map(finished, starts))) + [TASKS[t][1] for t in args.tasks]
+    if args.data and (bad := [name for name in folders if not Path(args.data, name).is_dir()]):
+        raise InputError(f"--data {args.data}: has no folder {bad[0]}/, which {args.table} reads")
+    report(args)                                            # fails now if --results is read-only
+    do_all(args, starts)
+    do_all(args, [finetuning(args, *run) for run in wanted])
     text, found, path = report(args)
-    draws = {"figure4": lambda: attention_maps(args), "figure5": lambda: convergence(args, found)}
+    draws = {"figure4": lambda: attention_maps(args), "figure5": lambda: convergence(found)}
     if args.table in draws:
         draw.save(draws[args.table](), path.with_suffix(".png"))
     print(f"{text}\n{path}.md, {path}.json")
@@ -409,8 +443,8 @@ def flags():
     add("table", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
     add("--preset", choices=RECIPES, default="tiny", help="sizes, recipe: tiny, tiny96, small, or "
         "base, which is the paper's")
-    add("--tasks", type=lambda text: text.split(","), help="some of the table's, as "
-        "semantic,depth (default: all)")
+    add("--tasks", type=lambda text: text.split(","), metavar="TASKS", help="some of the "
+        "table's, as semantic,depth (default: all)")
     add("--seeds", type=training.POSITIVE, default=3, help="fine-tunings of each row")
     add("--jobs", type=training.POSITIVE, default=1, help="runs at a time: one a GPU, or a core")
     add("--data", help="folder of the official data sets; without it tiny and small draw photos")
@@ -420,4 +454,6 @@ def flags():
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     launch(main, flags().parse_args())
