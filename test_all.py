@@ -4037,7 +4037,7 @@ def test_reproduce_makes_every_table_once():
             assert text.count("| 1 |") == (12 if table == "table3" else rows), text
             assert len(json.loads((at / f"results/{table}-tiny.json").read_text())) > rows / 2
         reproduced(at, "figure4", "--tasks", "depth,detection")
-        for name, least in (("figure4", 1500), ("figure5", 300)):
+        for name, least in (("figure4", 700), ("figure5", 300)):
             assert Image.open(at / f"results/{name}-tiny.png").height > least
         fit = made[1]
         Path(fit.out, "run.json").unlink()                  # as if it were stopped before its end
