@@ -31,7 +31,7 @@ from formats.files import (
     read_image,
     read_view,
 )
-from formats.folders import DEPTHS, open_folder, readable, split_folders
+from formats.folders import DEPTHS, open_folder, readable, split_folders, subfolder
 from formats.masks import unstack
 from tokens import Layout, row_budget
 
@@ -218,7 +218,7 @@ def photo_folders(root):
     part."""
     found = []
     for split in ("train", "val"):
-        plain = [root / s if (root / s).is_dir() else None for s in SPLITS[split]]
+        plain = [subfolder(root, s) for s in SPLITS[split]]
         pairs = split_folders(root, split, PHOTOS, LABELS + DEPTHS)
         places = (photos if photos and (labels or not p) else p
                   for p, (photos, labels) in zip(plain, pairs))

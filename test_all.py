@@ -820,8 +820,8 @@ def test_folders_of_photos():
         assert (len(train), len(val)) == (23, 2) and len({*train, *val}) == 25
         for n, (train, val, labels) in enumerate((
                 ("train/n/a.JPEG", "val/n/b.JPEG", ""), ("train/a.png", "validation/b.png", ""),
-                ("train/a.png", "valid/b.png", ""), ("valid/b.png", "other/a.png", ""),
-                ("images/train/a.png", "images/val/b.png", "labels/train/a.png labels/val/b.png"),
+                ("TRAIN/a.png", "Valid/b.png", ""), ("valid/b.png", "other/a.png", ""),
+                ("Images/Train/a.png", "Images/val/b.png", "LABELS/train/a.png LABELS/Val/b.png"),
                 ("train/rgb/a.png", "val/rgb/b.png", "train/depth/a.png val/depth/b.png"),
                 ("images/b.png", "images/a.png", "masks/a.png masks/b.png"))):
             for name in (train, val, *labels.split()):

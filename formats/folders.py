@@ -61,15 +61,22 @@ EXPECTED = {
 # Folders of pairs: label maps, ADE20K, depth
 
 
+def subfolder(root, *names):
+    """The folder root/name/name/..., whatever its capitals, or None; empty names do not count."""
+    for name in filter(None, names):
+        same = [p for p in root.iterdir() if p.name.lower() == name and p.is_dir()] \
+            if root and root.is_dir() else []
+        root = min(same, key=lambda p: (p.name != name, p.name), default=None)
+    return root
+
+
 def split_folders(root, split, *groups):
     """For each group of words the first folder root/word/part or root/part/word that is there, or
     None; a list of such tuples, one for each name that the split may have, e.g. val and valid.
     split None: root/word."""
-    found = []
-    for part in SPLITS.get(split, ("",)):
-        found.append(tuple(next((p for w in words for p in (root / w / part, root / part / w)
-                                 if p.is_dir()), None) for words in groups))
-    return found
+    return [tuple(next((p for w in words for names in ((w, part), (part, w))
+                        if (p := subfolder(root, *names))), None) for words in groups)
+            for part in SPLITS.get(split, ("",))]
 
 
 def find_pairs(root, photo_words, label_words, on_error):
