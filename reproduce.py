@@ -31,7 +31,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from itertools import islice, product
-from multiprocessing import active_children, current_process, get_context
+from multiprocessing import active_children, current_process, get_context, set_start_method
 from pathlib import Path
 from typing import NamedTuple
 
@@ -270,6 +270,7 @@ def prepare(jobs):
     gpu = number % (torch.cuda.device_count() or 1)
     os.environ.update(LOCAL_RANK=str(gpu), LOCAL_WORLD_SIZE=str(jobs))      # as torchrun does
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    set_start_method(None, force=True)          # of data processes: the default, not our own spawn
 
 
 def at_once(fits, version, jobs):
