@@ -54,7 +54,7 @@ SEGMENTATION = ("semantic", "instance", "panoptic")
 TASKS = {
     "semantic": ("finetune_seg", "ADEChallengeData2016", "mIoU", 100, 1),
     "depth": ("finetune_depth", "nyu", "RMSE", 1, 3),
-    "detection": ("finetune_det", "coco", "AP", 100, 1),
+    "detection": ("finetune_det", "coco", "AP", 100, 2),
     "instance": ("finetune_seg", "ADEChallengeData2016", "AP", 100, 1),
     "panoptic": ("finetune_seg", "ADEChallengeData2016", "PQ", 100, 1),
     "pose": ("finetune_pose", "coco", "AP", 100, 1),
