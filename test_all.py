@@ -3086,6 +3086,17 @@ def interrupting(function, number):
     return call
 
 
+def test_log_drops_what_is_done_again():
+    """Lines after the checkpoint, a torn one, and if it is still due that step's evaluation."""
+    lines = [{"step": 4, "AP": 0.1}, {"step": 5, "loss": 1, "lr": 1}, {"step": 5, "AP": 0.2},
+             {"step": 6, "loss": 1, "lr": 1}]
+    for due, kept in ((True, lines[:2]), (False, lines[:3])):
+        with folder() as at:
+            (at / "log.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines) + '{"st')
+            training.Log(argparse.Namespace(out=at), training.Run(torch.device("cpu")), 5, due)
+            assert rows_of(at) == kept
+
+
 def test_every_script_resumes_exactly():
     """All five, some of which draw random points: asked to end in its first step, each finishes and
     saves that; asked again while it evaluates it ends at once, and resumed begins with that
