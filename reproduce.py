@@ -65,7 +65,7 @@ PRETRAININGS = 3
 DRAWN = "--data toyworld:256:512"
 LONGER = "--data toyworld:4096:1024 --steps 4000 --eval-every 1000"
 RECIPES = {
-    # two CPU cores: a pre-training takes an hour, a fine-tuning one to four minutes
+    # two CPU cores, two runs at once: an hour a pre-training, three to four minutes the others
     "tiny": {
         "all": "--preset tiny --decoder-layers 6",
         "pretrain": "--data toyworld:16384:1024 --epochs 20 --eval-every 2560",
@@ -73,7 +73,7 @@ RECIPES = {
         "depth": DRAWN, "pose": f"{DRAWN} --eval-every 175",
         "detection": "--data toyworld:1024:512 --steps 800 --eval-every 200",
     },
-    # the paper's 6 x 6 units, 9 of them visible, at half of its resolution: five times as slow
+    # the paper's 6 x 6 units, 9 of them visible, at half of its resolution; not run yet
     "tiny96": {
         "all": "--preset tiny --decoder-layers 6",
         "pretrain": "--size 96 --data toyworld:32768:1024 --epochs 40 --eval-every 5120",
