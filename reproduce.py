@@ -330,8 +330,9 @@ def markdown(args, found):
     columns, rows = TABLES[args.table]
     lines = [f"# {args.table}, preset {args.preset}", "", "Mean ± standard error over the seeds, "
              "at the end of the schedule and of the mean of all evaluations. A difference is to "
-             "the row above, over the seeds that both have. Seeds that share a pre-training are "
-             "not independent of it: the error does not hold the spread of pre-trainings.", ""]
+             "the row above, over the seeds that both have; in brackets its mean for each of the "
+             "pre-trainings. Seeds that share one are not independent of it: the error does not "
+             "hold the spread of pre-trainings.", ""]
     for task in dict.fromkeys(task for _, task in found):
         *_, metric, factor, decimals = TASKS[task]
         lines += [f"| {task}, {metric} | seeds | at the end | difference | mean of evaluations | "
@@ -346,9 +347,13 @@ def markdown(args, found):
                     {seed: statistics.mean(p) for seed, p in points.items()})
             cells = [row.label, str(len(points))]
             for mine, other in zip(both, above):
-                pairs = [mine[seed] - other[seed] for seed in mine if seed in other]
+                pairs = {seed: mine[seed] - other[seed] for seed in mine if seed in other}
+                starts = {seed % PRETRAININGS for seed in pairs}
+                each = [factor * statistics.mean(v for k, v in pairs.items() if
+                                                 k % PRETRAININGS == start) for start in starts]
                 cells += [spread(mine.values(), factor, decimals),
-                          spread(pairs, factor, decimals, "+")]
+                          spread(pairs.values(), factor, decimals, "+") + (len(each) > 1)
+                          * f" ({', '.join(f'{mean:+.{decimals}f}' for mean in each)})"]
             paper = dict(zip(columns, row.paper)).get(task)
             lines.append("| " + " | ".join([*cells, str(paper or "")]) + " |")
             above = both

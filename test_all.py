@@ -4088,11 +4088,13 @@ def test_reproduce_ends_and_goes_on():
 
 
 def test_reproduce_compares_pairs():
-    """Means, standard errors and paired differences of known figures; which seed starts where."""
+    """Means, standard errors, paired differences and those of each pre-training, of known
+    figures; which seed starts where."""
     with folder() as at, quiet(), mock.patch.object(reproduce, "do", side_effect=AssertionError):
         args = reproduce.flags().parse_args(["table4", "--out", str(at / "out")])
         # the third seed of the second row is missing: only two are pairs
-        for row, values in zip(reproduce.PARTS, ((10, 12, 17), (13, 17), (1, 1, 1), (2, 4, 6))):
+        table = (10, 12, 17), (13, 17), (1, 1, 1, 1), (2, 4, 2, 8)
+        for row, values in zip(reproduce.PARTS, table):
             for seed, value in enumerate(values):
                 fit = reproduce.finetuning(args, row, "semantic", seed)
                 Path(fit.out).mkdir(parents=True)
@@ -4100,8 +4102,10 @@ def test_reproduce_compares_pairs():
                     {"step": 1, "mIoU": 0}, {"step": 2, "mIoU": value / 100}]}))
         args.tasks, args.results = ["semantic"], str(at / "results")
         lines = reproduce.report(args)[0].splitlines()
-        assert "| backbone | 2 | 15.0 ± 2.0 | +4.0 ± 1.0 | 7.5 ± 1.0 | +2.0 ± 0.5 | 50.9 |" in lines
-        assert "| + decoder | 3 | 4.0 ± 1.2 | +3.0 ± 1.2 | 2.0 ± 0.6 | +1.5 ± 0.6 | 52.7 |" in lines
+        assert ("| backbone | 2 | 15.0 ± 2.0 | +4.0 ± 1.0 (+3.0, +5.0) | 7.5 ± 1.0 | +2.0 ± 0.5 "
+                "(+1.5, +2.5) | 50.9 |") in lines
+        assert ("| + decoder | 4 | 4.0 ± 1.4 | +3.0 ± 1.4 (+4.0, +3.0, +1.0) | 2.0 ± 0.7 | "
+                "+1.5 ± 0.7 (+2.0, +1.5, +0.5) | 52.7 |") in lines
         fits = [reproduce.finetuning(args, reproduce.PARTS[3], "depth", s) for s in range(4)]
         starts = [f.argv[f.argv.index("--init") + 1] for f in fits]
         assert starts[0] == starts[3] and len(set(starts)) == 3
