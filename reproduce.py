@@ -69,8 +69,8 @@ RECIPES = {
     "tiny": {
         "all": "--preset tiny --decoder-layers 6",
         "pretrain": "--data toyworld:16384:1024 --epochs 20 --eval-every 2560",
-        **dict.fromkeys(SEGMENTATION, f"{DRAWN} --query-lr 120"),
-        "depth": DRAWN, "pose": f"{DRAWN} --eval-every 175",
+        **dict.fromkeys((*SEGMENTATION, "depth"), f"{DRAWN} --query-lr 120"),
+        "pose": f"{DRAWN} --eval-every 175",
         "detection": "--data toyworld:1024:512 --steps 800 --eval-every 200",
     },
     # the paper's 6 x 6 units, 9 of them visible, at half of its resolution; not run yet
@@ -78,7 +78,7 @@ RECIPES = {
         "all": "--preset tiny --decoder-layers 6",
         "pretrain": "--size 96 --data toyworld:32768:1024 --epochs 40 --eval-every 5120",
         **dict.fromkeys(SEGMENTATION, "--size 96 --data toyworld:256:1024 --query-lr 120"),
-        "depth": "--crop 96 96 --data toyworld:256:1024",
+        "depth": "--crop 96 96 --data toyworld:256:1024 --query-lr 120",
         "pose": "--data toyworld:256:1024 --eval-every 175",
         "detection": "--size 96 --data toyworld:1024:1024 --eval-every 325",
     },
