@@ -32,6 +32,7 @@ from concurrent.futures.process import BrokenProcessPool
 from importlib import import_module
 from itertools import islice, product
 from multiprocessing import active_children, current_process, get_context, set_start_method
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -327,27 +328,31 @@ def spread(values, factor, decimals, sign=""):
 
 
 def markdown(args, found):
-    """The table of what `report` found."""
+    """The table of what `report` found: in Figure 5 of each evaluation, else of the last one, which
+    is the end of the schedule, and of the mean of all."""
     columns, rows = TABLES[args.table]
-    lines = [f"# {args.table}, preset {args.preset}", "", "Mean ± standard error over the seeds, "
-             "at the end of the schedule and of the mean of all evaluations. A difference is to "
-             "the row above, over the seeds that both have; in brackets its mean for each of the "
-             "pre-trainings. Seeds that share one are not independent of it: the error does not "
-             "hold the spread of pre-trainings.", ""]
+    lines = [f"# {args.table}, preset {args.preset}", "", "Mean ± standard error over the seeds. A "
+             "difference is to the row above, over the seeds that both have; in brackets its mean "
+             "for each of the pre-trainings. Seeds that share one are not independent of it: the "
+             "error does not hold the spread of pre-trainings.", ""]
     for task in dict.fromkeys(task for _, task in found):
         *_, metric, factor, decimals = TASKS[task]
-        lines += [f"| {task}, {metric} | seeds | at the end | difference | mean of evaluations | "
-                  "difference | paper |", "|---" * 7 + "|"]
-        above = {}, {}
+        compared = {"at the end": itemgetter(-1), "mean of evaluations": statistics.mean}
+        if args.table == "figure5":
+            run = next(run for (_, t), runs in found.items() if t == task for run in runs.values())
+            steps = [e["step"] for e in run["evaluations"]]
+            compared = {f"step {step}": itemgetter(i) for i, step in enumerate(steps)}
+        lines += [f"| {task}, {metric} | seeds | " + " | difference | ".join([*compared, "paper |"]),
+                  "|---" * (2 * len(compared) + 3) + "|"]
+        above = [{}] * len(compared)
         for row in rows:
             if task not in (row.tasks or columns):
                 continue
             points = {seed: [e[metric] for e in run["evaluations"]]
                       for seed, run in found[row.label, task].items()}
-            both = ({seed: p[-1] for seed, p in points.items()},
-                    {seed: statistics.mean(p) for seed, p in points.items()})
+            values = [{seed: f(p) for seed, p in points.items()} for f in compared.values()]
             cells = [row.label, str(len(points))]
-            for mine, other in zip(both, above):
+            for mine, other in zip(values, above):
                 pairs = {seed: mine[seed] - other[seed] for seed in mine if seed in other}
                 starts = {seed % PRETRAININGS for seed in pairs}
                 each = [factor * statistics.mean(v for k, v in pairs.items() if
@@ -357,7 +362,7 @@ def markdown(args, found):
                           * f" ({', '.join(f'{mean:+.{decimals}f}' for mean in each)})"]
             paper = dict(zip(columns, row.paper)).get(task)
             lines.append("| " + " | ".join([*cells, str(paper or "")]) + " |")
-            above = both
+            above = values
         lines.append("")
     return "\n".join(lines)
 

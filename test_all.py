@@ -4106,6 +4106,11 @@ def test_reproduce_compares_pairs():
                 "(+1.5, +2.5) | 50.9 |") in lines
         assert ("| + decoder | 4 | 4.0 ± 1.4 | +3.0 ± 1.4 (+4.0, +3.0, +1.0) | 2.0 ± 0.7 | "
                 "+1.5 ± 0.7 (+2.0, +1.5, +0.5) | 52.7 |") in lines
+        args.table = "figure5"                              # each evaluation
+        text = reproduce.report(args)[0]
+        assert "mIoU | seeds | step 1 | difference | step 2 | difference | paper |\n" in text
+        assert ("| + decoder | 4 | 0.0 ± 0.0 | +0.0 ± 0.0 (+0.0, +0.0, +0.0) | "
+                "4.0 ± 1.4 | +3.0 ± 1.4 (+4.0, +3.0, +1.0) | 52.7 |\n") in text
         fits = [reproduce.finetuning(args, reproduce.PARTS[3], "depth", s) for s in range(4)]
         starts = [f.argv[f.argv.index("--init") + 1] for f in fits]
         assert starts[0] == starts[3] and len(set(starts)) == 3
