@@ -342,8 +342,8 @@ def markdown(args, found):
             run = next(run for (_, t), runs in found.items() if t == task for run in runs.values())
             steps = [e["step"] for e in run["evaluations"]]
             compared = {f"step {step}": itemgetter(i) for i, step in enumerate(steps)}
-        lines += [f"| {task}, {metric} | seeds | " + " | difference | ".join([*compared, "paper |"]),
-                  "|---" * (2 * len(compared) + 3) + "|"]
+        heads = " | difference | ".join([*compared, "paper |"])
+        lines += [f"| {task}, {metric} | seeds | {heads}", "|---" * (2 + heads.count("|")) + "|"]
         above = [{}] * len(compared)
         for row in rows:
             if task not in (row.tasks or columns):
