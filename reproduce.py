@@ -344,10 +344,12 @@ def markdown(args, found):
             compared = {f"step {step}": itemgetter(i) for i, step in enumerate(steps)}
         heads = " | difference | ".join([*compared, "paper |"])
         lines += [f"| {task}, {metric} | seeds | {heads}", "|---" * (2 + heads.count("|")) + "|"]
-        above = [{}] * len(compared)
+        above, share = [{}] * len(compared), None
         for row in rows:
             if task not in (row.tasks or columns):
                 continue
+            if share != row.finetuning.get("data-fraction"):    # Table 8: with other labels
+                above, share = [{}] * len(compared), row.finetuning.get("data-fraction")
             points = {seed: [e[metric] for e in run["evaluations"]]
                       for seed, run in found[row.label, task].items()}
             values = [{seed: f(p) for seed, p in points.items()} for f in compared.values()]

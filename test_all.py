@@ -4093,8 +4093,9 @@ def test_reproduce_compares_pairs():
     with folder() as at, quiet(), mock.patch.object(reproduce, "do", side_effect=AssertionError):
         args = reproduce.flags().parse_args(["table4", "--out", str(at / "out")])
         # the third seed of the second row is missing: only two are pairs
-        table = (10, 12, 17), (13, 17), (1, 1, 1, 1), (2, 4, 2, 8)
-        for row, values in zip(reproduce.PARTS, table):
+        half = reproduce.TABLES["table8"][1][8]             # of the labels, + decoder
+        table = (10, 12, 17), (13, 17), (1, 1, 1, 1), (2, 4, 2, 8), (9, 9)
+        for row, values in zip((*reproduce.PARTS, half), table):
             for seed, value in enumerate(values):
                 fit = reproduce.finetuning(args, row, "semantic", seed)
                 Path(fit.out).mkdir(parents=True)
@@ -4106,6 +4107,10 @@ def test_reproduce_compares_pairs():
                 "(+1.5, +2.5) | 50.9 |") in lines
         assert ("| + decoder | 4 | 4.0 ± 1.4 | +3.0 ± 1.4 (+4.0, +3.0, +1.0) | 2.0 ± 0.7 | "
                 "+1.5 ± 0.7 (+2.0, +1.5, +0.5) | 52.7 |") in lines
+        args.table = "table8"                               # nothing to compare with other labels
+        text = reproduce.report(args)[0]
+        assert "| 50% of the labels, + decoder | 2 | 9.0 ± 0.0 |  | 4.5 ± 0.0 |  | 46.3 |\n" in text
+        assert "| 100% of the labels, backbone | 2 | 15.0 ± 2.0 |  | 7.5 ± 1.0 |  |  |\n" in text
         args.table = "figure5"                              # each evaluation
         text = reproduce.report(args)[0]
         assert "mIoU | seeds | step 1 | difference | step 2 | difference | paper |\n" in text
