@@ -64,7 +64,7 @@ PRETRAININGS = 3
 
 # Flags of the runs, besides the defaults of the scripts. docs/results.md says what is known of them
 DRAWN = "--data toyworld:256:512"
-# the e_i move as far in 4000 steps at 40 times the rate as in the paper's 160,000
+# 4000 steps at 40 times the rate move the e_i as far as the paper's 160,000 of segmentation
 LONGER = "--data toyworld:4096:1024 --steps 4000 --eval-every 1000 --query-lr 40"
 RECIPES = {
     # two CPU cores, two runs at once: an hour a pre-training, three to four minutes the others
