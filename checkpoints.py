@@ -50,10 +50,21 @@ def read(path, flag):
 
 def load_pretrained(glid, args, run):
     """Fill a GLID with what a run starts from: --init-backbone, --init with --load, or nothing."""
+    loaded = []
     if args.init_backbone:
         load_backbone(glid, args.init_backbone, run)
+        loaded = ["backbone"]
     if args.init:
-        load_parts(glid, args.init, PARTS if args.load is None else args.load.split(","), run)
+        parts = args.load.split(",") if args.load is not None else [
+            part for part in PARTS if part not in loaded]
+        if twice := set(parts) & set(loaded):
+            raise InputError(f"--load {args.load}: --init-backbone gives {twice.pop()} already; "
+                             "leave it out")
+        load_parts(glid, args.init, parts, run)
+        loaded += parts
+        for part in PARTS:
+            if part not in loaded:
+                run.print0(f"{part}: from scratch")
 
 
 def load_parts(glid, path, parts, run):
@@ -75,8 +86,6 @@ def load_parts(glid, path, parts, run):
                              f"{checkpoint.get('preset')} {checkpoint['config']}")
         getattr(glid, part).load_state_dict(found)
         run.print0(f"{part}: loaded {len(found)} of {len(own)} tensors")
-    for part in set(PARTS) - set(parts):
-        run.print0(f"{part}: from scratch")
 
 
 def load_backbone(glid, path, run):

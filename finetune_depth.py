@@ -131,8 +131,9 @@ def evaluate(model, dataset, args, run, path=None):
     for batch in loader:
         images, layout, targets = batch.to("cpu")
         truths, sizes = [t["depth"] for t in targets], layout.sizes.tolist()
-        # --overfit augments nothing, here as little as in training: mirror images were never seen
-        found = predict(model, images, layout, [t.shape for t in truths], run, not args.overfit)
+        # where training mirrors no photo, the answer does not average with a mirror image's
+        mirror = not (args.overfit or args.no_flip)
+        found = predict(model, images, layout, [t.shape for t in truths], run, mirror)
         for image, size, truth, guess in zip(images, sizes, truths, found):
             metric.update(guess.numpy(), truth.numpy(), graded(truth.shape, args))
             if len(rows) < 8:

@@ -340,8 +340,8 @@ def objects_per_image(tasks, targets, run):
 
 
 def batch_loss(answers, asked, targets, density, canvas, points):
-    """Mean of the tasks' losses, each weighing as much as it has images in the batch: the mean over
-    the processes is then the mean over all images, however the tasks fell to the processes.
+    """Mean of the tasks' losses, each weighing as much as it has images in the batch: so a task
+    counts in proportion to its images of all processes, however they fell to the processes.
     answers: Segmenter's; asked: slices'; density: objects_per_image's. Returns a scalar."""
     total = 0
     for (classes, masks), mine, objects in zip(answers.values(), asked.values(), density):
@@ -391,8 +391,9 @@ def main(args):
             lr = args.lr * training.poly(step, args.steps)
             training.set_lr(optimizer, lr)
 
-            # The losses are sums over objects. All micro-steps and processes divide by the objects
-            # of the whole step: the gradient is that of one large batch, however it is split.
+            # The mask losses are sums over objects, which all micro-steps and processes divide by
+            # the objects of the whole step: their gradient is that of one large batch. The class
+            # loss is a mean over the queries of each micro-step, as in Mask2Former.
             parts = [run.fetch(loader) for _ in range(args.accumulate)]
             density = objects_per_image(args.tasks, [t for *_, ts in parts for t in ts], run)
 

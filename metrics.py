@@ -4,7 +4,7 @@ precision (boxes, masks, keypoints), panoptic quality. All four classes live the
 
     metric.update(...)     # once per image, at the image's original size
     metric.merge(other)    # other = the same metric, filled by another process with other images
-    metric.result()        # dict of floats, fractions in 0..1 (the paper prints them x100)
+    metric.result()        # dict of floats; all but depth errors are fractions in 0..1
 
 To the last bit, a result does not depend on how the images were shared among processes: counts
 add up exactly, `math.fsum` is exact in any order, score ties are broken by image id. Boxes are
@@ -183,7 +183,7 @@ def greedy_match(overlap, outcome, ignored, crowd):
 def interpolated_precision(hit, miss, positives):
     """hit, miss [T, D] bool in falling score order -> precision at the recall points [T, R]."""
     hits, misses = hit.cumsum(1, dtype=np.float64), miss.cumsum(1, dtype=np.float64)
-    # COCOeval adds spacing(1) against 0 / 0, which leaves a perfect score 2e-16 below 1; this not
+    # COCOeval adds spacing(1) against 0 / 0, which leaves a perfect score 2e-16 below 1; we do not
     precision = hits / np.maximum(hits + misses, 1)
     # from right to left the best precision at this recall or a higher one; 0 if never reached
     precision = np.pad(np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1], ((0, 0), (0, 1)))

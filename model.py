@@ -361,8 +361,8 @@ class Decoder(nn.Module):
 # GLID
 
 
-# What fills the units at the border of an image. Not 0, the mean: a patch of zeros would be a token
-# of zeros while the biases still are, and every LayerNorm multiplies its gradient by 300
+# What fills the units at the border of an image. Not 0, the mean: as long as the biases are zero, a
+# patch of zeros is a token of zeros, whose gradient every LayerNorm multiplies by 300
 BLACK = -2.0
 
 
@@ -383,7 +383,7 @@ class GLID(nn.Module):
         """Normalised images float [B, 3, H, W] -> pixels of the visible units [n, 3, u, u]."""
         unit = self.config.unit
         height, width = (n * unit for n in layout.grid_units)
-        if layout.padded:                                   # the same, whoever padded it
+        if layout.padded:                   # no answer depends on what the padding holds
             images = torch.where(inside(layout.sizes, *images.shape[2:])[:, None], images, BLACK)
         images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]),
                        value=BLACK)

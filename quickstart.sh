@@ -1,7 +1,7 @@
 #!/bin/sh
 # The whole idea in 9 minutes on two CPU cores, nothing to download: pre-train once on unlabelled
 # ToyWorld photos, fine-tune the result on six tasks, and see what it learned. A third to a half of
-# the lengths that the preset tiny has by default and docs/results.md reports.
+# the lengths that the preset tiny has by default.
 set -e
 out=out/quickstart
 rm -rf $out

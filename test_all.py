@@ -1499,6 +1499,18 @@ def photo_batch(sizes):
     return samples, images, tokens, targets
 
 
+def test_depth_without_mirrors():
+    """With --no-flip and --overfit no answer is averaged with a mirror image's."""
+    asked, answer = [], finetune_depth.predict
+    flags = ["--data", "toyworld:4:4", "--workers", 0, "--steps", 1, "--batch-size", 4]
+    with folder() as at, quiet(), patched(
+            finetune_depth, predict=lambda *given: asked.append(given[-1]) or answer(*given)):
+        for i, more in enumerate(([], ["--no-flip"], ["--overfit"])):
+            finetune_depth.main(args_for(finetune_depth, *flags, *more, "--out", at / str(i)))
+            predict.load(at / f"{i}/best.pt")(np.zeros((64, 64), np.uint8))
+    assert asked == [True, True, False, False, False, False]
+
+
 def test_a_padded_batch_equals_alone():
     """Boxes, depth and its loss do not see neighbours or padding. Depth is the mean over the photo
     and, turned back, its mirror image."""
@@ -2741,6 +2753,8 @@ def test_what_is_told_before_training():
         for i in range(5):
             write_photo(at / f"{i}.JPG")
         (at / "4.JPG").rename(at / "4.jfif")
+        (at / ".ipynb_checkpoints").mkdir()
+        write_photo(at / ".ipynb_checkpoints/4.JPG")
         fill(at, dict.fromkeys(("a.heic", "b.HEIC", "c.avif", "._d.jpg", "e.txt"), ""))
         said = told(pretrain, at)
         assert "4 training and 1 validation" in said and "2 .heic, 1 .avif are passed over" in said
@@ -2928,6 +2942,17 @@ def test_backbones_of_others():
                 checkpoints.load_backbone(GLID(config), str(at / name), None)
         with raises(InputError, "--init-backbone", "preset"):               # of another size
             checkpoints.load_backbone(GLID(TINY), str(at / "timm.pth"), state)
+        torch.save({"model": Pretrainer(config).state_dict(), "config": {}}, at / "ours.pt")
+        both = argparse.Namespace(init_backbone=str(at / "timm.pth"), init=at / "ours.pt",
+                                  load=None)
+        net = GLID(config)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            checkpoints.load_pretrained(net, both, state)
+        assert "decoder: loaded" in said.getvalue() and "scratch" not in said.getvalue()
+        assert all(torch.equal(net.backbone.state_dict()[k], v) for k, v in expected.items())
+        both.load = "decoder,backbone"
+        with raises(InputError, "--load decoder,backbone", "--init-backbone"), quiet():
+            checkpoints.load_pretrained(net, both, state)
 
 
 def test_checkpoint_survives_a_failed_write():

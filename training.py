@@ -35,7 +35,7 @@ try:
 except ImportError:                             # Windows: nothing guards a folder against two runs
     fcntl = None
 
-OLDEST = {"Python": (3, 10), "torch": (2, 6)}   # what is tested, as pyproject.toml and README say
+OLDEST = {"Python": (3, 10), "torch": (2, 6)}   # what is tested, as requirements.txt and README say
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -133,7 +133,8 @@ def add_finetune_flags(parser):
          "augmented: whoever changes the code should still reach a near-perfect metric")
     data("--no-flip", action="store_true", help="mirror no photo: where left and right differ")
     model("--init", help="pre-trained checkpoint; without it the run starts from scratch")
-    model("--load", help="parts taken from --init, of backbone,bifpn,decoder; default: all")
+    model("--load", help="parts taken from --init, of backbone,bifpn,decoder; default: "
+          "all that --init-backbone does not give")
     model("--init-backbone", help="FILE of Swin weights: torchvision's, timm's, the official ones, "
           "SimMIM's")
     optimiser("--backbone-lr", type=number(float, 0), help="lr of the backbone, times --lr")

@@ -223,6 +223,7 @@ def list_images(folder, suffixes=SUFFIXES, flag="--data "):
             folders.clear()
             continue
         visited.add(os.path.realpath(root))
+        folders[:] = [name for name in folders if name[0] != "."]       # .ipynb_checkpoints
         names = [name for name in names if name[0] != "."]
         found += [Path(root, name) for name in names if Path(name).suffix.lower() in suffixes]
         passed.update(s for name in names if (s := Path(name).suffix.lower()) not in suffixes

@@ -129,8 +129,8 @@ def class_names(root):
         if (root / "classes.txt").exists():
             names = "\n".join(map(str.strip, read_lines(root / "classes.txt"))).strip().split("\n")
             if "" in names[1:]:
-                raise InputError(f"{root / 'classes.txt'}: line {names.index('') + 1} is empty; a "
-                                 "line names a value, the first one 0")
+                raise InputError(f"{root / 'classes.txt'}: line {names.index('') + 1} is empty; "
+                                 "each line names a value")
             return [n for n in names if n]
     except OSError as error:
         raise InputError(f"--data {root}: its list of class names cannot be read ({error})") \
@@ -224,7 +224,7 @@ def open_masks(root, keys, on_error, ignore_label=None, first_label=None):
 
 def label_table(values, first, ignore):
     """Value of a label map -> class, uint16 [65536]: IGNORE for 255, `ignore` and what is less than
-    `first`, 256 for what nobody knows."""
+    `first`, 256 for values that are no class."""
     table = np.full(2 ** 16, 256, np.uint16)
     table[list(values)] = range(len(values))
     table[:first] = IGNORE
