@@ -126,6 +126,8 @@ def losses_share(config, device, images=16, objects=20, kinds=80, size=640):
 
     def seconds(work, rounds=3):
         work()                                          # warm up
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         begun = time.perf_counter()
         for _ in range(rounds):
             work()

@@ -304,7 +304,8 @@ def main(args):
     todo, out = resultfiles.find(args.images), Path(args.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder")
-    ids = resultfiles.image_ids([path for path, _ in todo], args.ids)
+    resultfiles.keep_photos(todo, out, (args.checkpoint, args.detector, args.ids, args.boxes))
+    ids = resultfiles.image_ids([path for path, _ in todo], args.ids, args.boxes)
     boxes = pose.read_boxes(args.boxes, ids, set(model.category_ids)) if args.boxes else None
     out.mkdir(parents=True, exist_ok=True)
     results, broken, begun, unsure = {}, [], deque(), 0

@@ -382,6 +382,12 @@ def test_pretraining_is_one_graph():
             for a, b in pairs:
                 assert torch.equal(a, b) or (old and (a - b).abs().max() < 1e-4), epoch
         assert counter.frame_count == 1 and len(masks) == 8
+        with torch._dynamo.config.patch(cache_size_limit=1):
+            for size in (2, 3):             # graphs of an earlier run of this process do not count
+                line = torch.nn.Linear(size, 1)
+                training.compile_whole(line, argparse.Namespace(compile=True),
+                                       training.Run(torch.device("cpu")))
+                line(torch.zeros(size))
 
 
 def test_compiled_pretraining_writes_the_same_weights():
@@ -3753,6 +3759,16 @@ def test_results_have_the_numbers_of_the_files():
         fill(at, {"ids.json": {"images": [{"id": 1003, "file_name": "train\\b.jpg"},
                                           {"id": 1007, "file_name": "7.png"}]}})
         assert resultfiles.image_ids(names, at / "ids.json") == [139, 1003, 1007]
+        names = [Path("in", n) for n in ("a/1.png", "b/1.png", "b/01.png", "2.png", "a/x.jpg")]
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            ids = resultfiles.image_ids([*names, names[3]])
+        assert ids == ["in/a/1.png", "in/b/1.png", "in/b/01.png", 2, "x.jpg", 2]
+        assert "both have the id 1" in said.getvalue()
+        with raises(InputError, "--boxes persons.json", "id 1", "--ids"):
+            resultfiles.image_ids(names, boxes="persons.json")
+        fill(at, {"ids.json": {"images": [{"id": 5, "file_name": "a/1.png"},
+                                          {"id": 6, "file_name": "b/1.png"}]}})
+        assert resultfiles.image_ids(names, at / "ids.json", "x.json")[:2] == [5, 6]
         pairs = [name for _, name in resultfiles.find(["x/a.jpg", "y/A.png", "z/a.jpg"])]
         assert pairs == ["a", "A.png", "a.jpg"], pairs
 
@@ -3864,6 +3880,15 @@ def test_asking_with_wrong_input():
             code, said = ask(best, *flags)
             errors = [line for line in said.splitlines() if line.startswith("error: ")]
             assert code == 2 and len(errors) == 1 and words in errors[0], said
+        photo = Image.open(at / "in/10.jpg").copy()
+        (at / "mine/semantic").mkdir(parents=True)
+        for name in ("a.png", "semantic/b.png"):
+            photo.save(at / "mine" / name)
+        before = {path: path.read_bytes() for path in at.glob("mine/**/*.png")}
+        for asked_for, name in ((at / "mine", "a.png"), (at / "mine/semantic/b.png", "b.png")):
+            code, said = ask(best, asked_for, "--out", at / "mine", "--json")
+            assert code == 2 and "overwritten" in said and name in said, said
+        assert before == {path: path.read_bytes() for path in at.glob("mine/**/*.png")}
         for path in ("foreign.pt", "file", "no.pt"):
             code, said = ask(at / path, at / "in")
             assert code == 2 and said.startswith("error: ") and path in said, said

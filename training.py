@@ -433,6 +433,9 @@ def compile_whole(objective, args, run):
     CUDA its kernels are launched all at once, as a CUDA graph. In place: names stay as they are."""
     on_cuda = run.device.type == "cuda"
     if compiles(on_cuda if args.compile is None else args.compile, run):
+        # graphs belong to the code, not to the model: those of an earlier run in this process
+        # would count against the limit of torch.compile and keep their memory
+        torch._dynamo.reset()
         # DDP would cut the graph into pieces, to send gradients while others are computed
         torch._dynamo.config.optimize_ddp = False
         objective.compile(fullgraph=True, dynamic=False,
@@ -443,6 +446,7 @@ def compile_blocks(model, args, run):
     """--compile in fine-tuning, where sizes change from batch to batch: the blocks, each a graph
     for any size. What lies between them, and the losses, stay as they are."""
     if compiles(args.compile, run):
+        torch._dynamo.reset()                   # see above
         # blocks differ in widths, in whether windows share rows and whether keys are padded
         torch._dynamo.config.cache_size_limit = 64
         for module in model.glid.modules():

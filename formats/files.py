@@ -358,7 +358,8 @@ def hold_out(root, source):
         raise InputError(f"--data {root}: only one photo shows an object; training and validation "
                          "need one each")
     val = (full or list(range(len(source))))[::20]
-    return [source.subset([i for i in range(len(source)) if i not in set(val)]), source.subset(val)]
+    train = sorted({*range(len(source))} - {*val})
+    return [source.subset(train), source.subset(val)]
 
 
 def shows(record):

@@ -10,6 +10,7 @@ Every file is written under another name and renamed: it is there as a whole or 
 """
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,14 @@ from PIL import Image
 
 import draw
 from formats.coco import an_id
-from formats.files import list_images, read_json
+from formats.files import InputError, list_images, note, read_json
 from formats.masks import compressed, to_runs
 
 DEEPEST = 65534                         # mm: 65535 means "not measured" to many tools and to ours
 
 
 def find(images):
-    """Files and folders -> [(path of a photo, name of its outputs)]; names are all different, and
-    none would overwrite a photo."""
+    """Files and folders -> [(path of a photo, name of its outputs)]; names are all different."""
     pairs = []
     for image in map(Path, images):
         if image.is_dir():
@@ -42,19 +42,52 @@ def find(images):
     return found
 
 
-def image_ids(paths, file=None):
+def keep_photos(pairs, out, given):
+    """InputError if an output of find's `pairs` below the folder `out` would replace a photo, or
+    one of the files `given` (None is none of them)."""
+    inputs = {os.path.realpath(p) for p in (*(path for path, _ in pairs), *given) if p}
+    places = [out, *(out / part for part in ("semantic", "panoptic", "depth"))]
+    outputs = [at / f"{name}{end}" for _, name in pairs for at in places
+               for end in (".png", "-attention.png")]
+    outputs += [out / f"{name}.json" for name in ("detections", "instances", "keypoints",
+                                                  "panoptic")]
+    if bad := next((p for p in outputs if os.path.realpath(p) in inputs), None):
+        raise InputError(f"--out {out}: {bad} is an input and would be overwritten; give a folder "
+                         "elsewhere")
+
+
+def image_ids(paths, file=None, boxes=None):
     """The id of each photo in result files, int or str.
 
-    file: a COCO annotation file, whose "images" say the ids; the others, and all without it, get
-    the number that their name is, as COCO's do (000000000139.jpg is 139), else the name.
+    file: a COCO annotation file, whose "images" say the ids, by path or by a name that occurs once;
+    the others, and all without it, get the number that their name is, as COCO's do
+    (000000000139.jpg is 139), else the name. Photos that would share one get their path, with a
+    note; but InputError if there is a file of `boxes`, which could not tell them apart.
     """
-    listed = {}
-    if file:
-        for entry in read_json(file, ["images"])["images"]:
-            if "id" in entry and isinstance(entry.get("file_name"), str):
-                listed[Path(entry["file_name"].replace("\\", "/")).name] = an_id(entry["id"])
-    plain = [int(p.stem) if p.stem.isascii() and p.stem.isdecimal() else p.name for p in paths]
-    return [listed.get(p.name, own) for p, own in zip(paths, plain)]
+    listed, names = {}, defaultdict(set)
+    for entry in read_json(file, ["images"])["images"] if file else ():
+        if "id" in entry and isinstance(entry.get("file_name"), str):
+            at = Path(entry["file_name"].replace("\\", "/"))
+            listed[at.as_posix()] = an_id(entry["id"])
+            names[at.name].add(an_id(entry["id"]))
+    listed |= {name: ids.pop() for name, ids in names.items() if len(ids) == 1}
+
+    def id_of(path):
+        ends = ("/".join(path.parts[i:]) for i in range(len(path.parts)))       # the longest first
+        number = path.stem.isascii() and path.stem.isdecimal()
+        return next((listed[end] for end in ends if end in listed),
+                    int(path.stem) if number else path.name)
+    ids, owners = [id_of(path) for path in paths], defaultdict(set)
+    for path, number in zip(paths, ids):
+        owners[number].add(os.path.realpath(path))
+    if twins := next((n for n, those in owners.items() if len(those) > 1), None):
+        said = " and ".join(sorted(owners[twins])[:2])
+        if boxes:
+            raise InputError(f"--boxes {boxes}: which boxes belong to which? {said} both have the "
+                             f"id {twins}; ask about one folder at a time, or give --ids")
+        note(f"note: {said} both have the id {twins}: in result files such photos have their path")
+    return [number if len(owners[number]) == 1 else path.as_posix()
+            for path, number in zip(paths, ids)]
 
 
 def write_json(content, path):
