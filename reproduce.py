@@ -328,6 +328,16 @@ def spread(values, factor, decimals, sign=""):
     return mean if error is None else f"{mean} ± {error:.{decimals}f}"
 
 
+def difference(pairs, factor, decimals):
+    """{seed: difference} as printed, its mean for each of several pre-trainings in brackets."""
+    by_start = defaultdict(list)
+    for seed, value in sorted(pairs.items()):
+        by_start[seed % PRETRAININGS].append(factor * value)
+    means = [f"{statistics.mean(values):+.{decimals}f}" for _, values in sorted(by_start.items())]
+    return spread(pairs.values(), factor, decimals, "+") + f" ({', '.join(means)})" * (
+        len(means) > 1)
+
+
 def markdown(args, found):
     """The table of what `report` found: in Figure 5 of each evaluation, else of the last one, which
     is the end of the schedule, and of the mean of all."""
@@ -357,12 +367,8 @@ def markdown(args, found):
             cells = [row.label, str(len(points))]
             for mine, other in zip(values, above):
                 pairs = {seed: mine[seed] - other[seed] for seed in mine if seed in other}
-                starts = {seed % PRETRAININGS for seed in pairs}
-                each = [factor * statistics.mean(v for k, v in pairs.items() if
-                                                 k % PRETRAININGS == start) for start in starts]
                 cells += [spread(mine.values(), factor, decimals),
-                          spread(pairs.values(), factor, decimals, "+") + (len(each) > 1)
-                          * f" ({', '.join(f'{mean:+.{decimals}f}' for mean in each)})"]
+                          difference(pairs, factor, decimals)]
             paper = dict(zip(columns, row.paper)).get(task)
             lines.append("| " + " | ".join([*cells, str(paper or "")]) + " |")
             above = values
