@@ -3759,15 +3759,15 @@ def test_results_have_the_numbers_of_the_files():
         fill(at, {"ids.json": {"images": [{"id": 1003, "file_name": "train\\b.jpg"},
                                           {"id": 1007, "file_name": "7.png"}]}})
         assert resultfiles.image_ids(names, at / "ids.json") == [139, 1003, 1007]
-        names = [Path("in", n) for n in ("a/1.png", "b/1.png", "b/01.png", "2.png", "a/x.jpg")]
+        names = [Path("in", n) for n in ("a/0.png", "b/0.png", "b/00.png", "2.png", "a/x.jpg")]
         with contextlib.redirect_stderr(io.StringIO()) as said:
             ids = resultfiles.image_ids([*names, names[3]])
-        assert ids == ["in/a/1.png", "in/b/1.png", "in/b/01.png", 2, "x.jpg", 2]
-        assert "both have the id 1" in said.getvalue()
-        with raises(InputError, "--boxes persons.json", "id 1", "--ids"):
+        assert ids == ["in/a/0.png", "in/b/0.png", "in/b/00.png", 2, "x.jpg", 2]
+        assert "both have the id 0" in said.getvalue()
+        with raises(InputError, "--boxes persons.json", "id 0", "--ids"):
             resultfiles.image_ids(names, boxes="persons.json")
-        fill(at, {"ids.json": {"images": [{"id": 5, "file_name": "a/1.png"},
-                                          {"id": 6, "file_name": "b/1.png"}]}})
+        fill(at, {"ids.json": {"images": [{"id": 5, "file_name": "a/0.png"},
+                                          {"id": 6, "file_name": "b/0.png"}]}})
         assert resultfiles.image_ids(names, at / "ids.json", "x.json")[:2] == [5, 6]
         pairs = [name for _, name in resultfiles.find(["x/a.jpg", "y/A.png", "z/a.jpg"])]
         assert pairs == ["a", "A.png", "a.jpg"], pairs

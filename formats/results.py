@@ -80,12 +80,12 @@ def image_ids(paths, file=None, boxes=None):
     ids, owners = [id_of(path) for path in paths], defaultdict(set)
     for path, number in zip(paths, ids):
         owners[number].add(os.path.realpath(path))
-    if twins := next((n for n, those in owners.items() if len(those) > 1), None):
-        said = " and ".join(sorted(owners[twins])[:2])
+    if twins := [number for number, those in owners.items() if len(those) > 1]:
+        said = f"{' and '.join(sorted(owners[twins[0]])[:2])} both have the id {twins[0]}"
         if boxes:
-            raise InputError(f"--boxes {boxes}: which boxes belong to which? {said} both have the "
-                             f"id {twins}; ask about one folder at a time, or give --ids")
-        note(f"note: {said} both have the id {twins}: in result files such photos have their path")
+            raise InputError(f"--boxes {boxes}: {said}, so whose boxes are these? Ask about one "
+                             "folder at a time, or give --ids")
+        note(f"note: {said}: in result files such photos have their path")
     return [number if len(owners[number]) == 1 else path.as_posix()
             for path, number in zip(paths, ids)]
 
