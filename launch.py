@@ -44,7 +44,7 @@ def launch(main, args):
         full = "; raise `ulimit -n`, or take fewer --workers" * (error.errno == errno.EMFILE)
         code = 2
         message = f"error: {error.filename or 'input or output'}: {error.strerror or error}{full}"
-    except Exception as error:
+    except RuntimeError as error:
         if not (message := explained(error)):
             raise
         code, message = 2, f"error: {message}"
@@ -53,7 +53,7 @@ def launch(main, args):
 
 
 def explained(error):
-    """What an exception of torch means for the user, or None if it may be a fault of ours."""
+    """What a RuntimeError of torch means for the user, or None if it may be a fault of ours."""
     text = str(error)
     first = text.strip().splitlines()[0] if text.strip() else ""
     if isinstance(error, torch.OutOfMemoryError):

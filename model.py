@@ -40,7 +40,7 @@ class Config:
     drop_path: float = 0.0          # rate of the last encoder block, linear from 0
     dim: int = 512                  # D [paper]
     decoder_layers: int = 6         # [paper]; a multiple of 3, so that every scale is read
-    decoder_heads: int = 16
+    decoder_heads: int = 16         # a guess, see docs/paper.md
     image_size: int = 192           # pre-training px [paper]
 
     @property
@@ -558,7 +558,7 @@ class Segmenter(nn.Module):
         padded canvas), B the images of its slice, L = 1 unless every_layer.
         """
         maps, answers = self.glid.encode(images, layout), {}
-        map4 = layout.to_grid(maps[0], 0)                                   # f^b of Eq. 4
+        map4 = layout.to_grid(maps[0], 0)           # f^b of Eq. 4: the BiFPN's, see docs/paper.md
         for task, mine in asked.items():
             head = self.heads[task]
             x = self.glid.ask_maps(maps, layout, head.offsets, None, every_layer, mine)
