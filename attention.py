@@ -48,8 +48,8 @@ def attention(model, photo, answer, queries=None):
     """A row for each query: what it answers, and where it looks at 1/32, 1/16 and 1/8: PIL image.
 
     model: predict.Model; photo uint8 [3, H, W]; answer: the model's; queries: their numbers, or
-    None for the surest; InputError for one that is not there. Several tasks stand one below the
-    other.
+    None for the surest; InputError for a number that no query has. The pictures of several tasks
+    are stacked.
     """
     longest = max(photo.shape[1:])
     size = [max(2, round(n * min(1, SIDE / longest))) for n in photo.shape[1:]]

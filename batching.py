@@ -26,12 +26,12 @@ class Batches:
     """Which samples each micro-batch of this process holds, for steps start..stop-1.
 
     A pure function of (seed, step): epoch e visits a permutation drawn from (seed, e), a step takes
-    the next `total` of it, and micro-step a of rank r its share. So resuming needs only the step,
+    the next `total` of it, split over micro-steps and ranks. So resuming needs only the step,
     and the samples of a step do not depend on how many processes share it. The tail of an epoch
     that does not fill a step is dropped. Yields lists of (epoch, index) for DataLoader.
 
-    kinds: with more than one, any n samples in a row hold n / kinds (rounded down or up) of each
-    kind of index, the remainder of index / kinds.
+    kinds: the kind of a sample is index % kinds. If there are several, any n samples in a row hold
+    n / kinds (rounded down or up) of each kind.
     """
 
     def __init__(self, length, args, run, start, stop, kinds=1):
@@ -62,7 +62,7 @@ class Batches:
 
 
 def steps_per_epoch(length, args, run, what):
-    """Optimiser steps that `length` training samples fill; none: InputError that names `what`."""
+    """Optimiser steps that `length` training samples fill; InputError naming `what` if none."""
     total = args.batch_size * run.world * args.accumulate
     if length < total:
         raise InputError(f"{what}: {length} training images are fewer than one step takes ({total})"
@@ -85,8 +85,8 @@ def share(length, args, run):
 
 
 def share_crowded(counts, args, run):
-    """The same for samples of counts[i] persons each: about --batch-size persons a list, so that
-    memory is bounded by that and the most crowded photo."""
+    """Like share(), for photos of counts[i] persons each: a list holds at most --batch-size
+    persons, or one photo that has more, so that memory stays bounded."""
     lists, persons = [], math.inf
     for i in range(run.rank, len(counts), run.world):
         if persons + counts[i] > args.batch_size:
@@ -170,7 +170,7 @@ class Packed:
 
     def to(self, device="cpu"):
         """The batch, each of its tensors a view of one buffer on the device."""
-        # only from pinned memory may a copy go on by itself: the buffer is gone when we return
+        # asynchronous only from pinned memory: another buffer may be freed when we return
         buffer = self.buffer.to(device, non_blocking=self.buffer.is_pinned())
         tensors = [buffer[first:end].view(dtype).view(shape)
                    for first, end, dtype, shape in self.parts]
@@ -196,14 +196,14 @@ def ignore_signals(_):
 
 
 def end_with_parent():
-    """torch watches the process above, which for forkserver is the server: it outlives the run."""
+    """End with the main process. torch watches our parent, but a forkserver outlives the run."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 @atexit.register
 def end_data_processes():
-    """End the data processes that are left, which Python would ask by SIGTERM and wait for."""
+    """Kill data processes that are left: they ignore the SIGTERM with which Python ends them."""
     left = [p for p in multiprocessing.active_children() if p.daemon]
     if left and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would call it an error
@@ -216,7 +216,7 @@ def loader(dataset, batches, collate, config, args, run):
 
     The data processes also plan the Layout; their number changes speed, never the samples.
     """
-    # where data processes come from a server (Linux with Python 3.14), it imports torch, not each
+    # with forkserver (Python 3.14 on Linux) torch is imported once, by the server
     multiprocessing.set_forkserver_preload(["batching"])
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, collate_fn=partial(pack, collate, config),
@@ -232,9 +232,9 @@ def training_loader(dataset, args, run, start, stop, collate, config, kinds=1):
 
 
 class Skipping:
-    """A training set in which the next readable sample takes the place of an unreadable one, which
-    is told on stderr once; InputError if none is. `broken` is shared with the data processes: bool
-    per sample."""
+    """A training set in which the next readable sample replaces an unreadable one, which is
+    reported on stderr once; InputError if no sample is readable. `broken`: a bool for each
+    sample, shared with the data processes."""
 
     def __init__(self, dataset):
         self.dataset = dataset

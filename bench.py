@@ -1,6 +1,6 @@
 """
-How fast are our parts? Each is timed in one run, in turn with its reference, so that a machine
-whose speed drifts favours nobody. A ratio is the median over the rounds.
+How fast are our parts? Each is timed in turn with its reference in the same run, so that a drift of
+the machine's speed affects both. A ratio is the median over the rounds.
 
     python bench.py                          encoder, step, plan, loading, and card if there is one
     python bench.py encoder step             against torchvision's dense Swin of the same sizes
@@ -225,7 +225,7 @@ def read_pil(source, index, labels=True):
 
 
 def torchvision_pose(dataset, index):
-    """A person's crop uint8 [3, H, W] by torchvision's means, its random numbers drawn as ours."""
+    """A person's crop uint8 [3, H, W] by torchvision's functions, with our random numbers."""
     i, k = dataset.people[index]
     box, keypoints = (dataset.truths[i][name][k] for name in ("boxes", "keypoints"))
     centre, size, degrees, mirrored = pose.random_view(box, keypoints, *dataset.size)
@@ -301,7 +301,7 @@ def loading_against_torchvision(args, count=32):
             seconds, photos = ([], []), range(0, len(ours), -(-len(ours) // count))
             for r in tqdm(range(args.rounds + 1), desc=name, leave=False, disable=None):
                 for work, spent in zip((lambda i, r=r, ours=ours: ours[r, i], theirs), seconds):
-                    begun = time.process_time()         # of this core, whatever others do
+                    begun = time.process_time()         # CPU time of this process
                     with seeded(r):
                         for i in photos:
                             work(i)
@@ -363,10 +363,10 @@ if __name__ == "__main__":
                         "end within three minutes on two cores, and card where there is one")
     parser.add_argument("--data", help="folder of data sets for the part data")
     parser.add_argument("--json", action="store_true", help="print only one line of JSON")
-    parser.add_argument("--preset", choices=PRESETS, default="base")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--card-batch", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--preset", choices=PRESETS, default="base", help="sizes of the model")
+    parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
+    parser.add_argument("--card-batch", type=int, default=256, help="for card, default: 256")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, default: 3")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)      # used by the script itself
     args = parser.parse_args()
     args.parts = args.parts or ["encoder", "step", "plan", "loading"] + \

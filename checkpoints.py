@@ -1,6 +1,6 @@
 """
-Checkpoints: written so that no kill can lose the last good one, read so that nothing is loaded in
-silence. Plain tensors and plain types only; the config is inside, so a file says what it is.
+Checkpoints: a kill never loses the last good one, and loading reports what was loaded and what was
+not. They hold plain tensors and plain types only, and the config, so a file says what it is.
 """
 import os
 import pickle
@@ -112,7 +112,7 @@ def load_backbone(glid, path, run):
     own = glid.backbone.state_dict()
     missing = own.keys() - found.keys()
     wrong = [k for k in found if k not in own or own[k].shape != found[k].shape]
-    # a classifier has no norms on its stages 1-3, features alone not even on the last
+    # a classifier has no norms after stages 1 to 3, and a headless file none after stage 4
     missing -= {f"norms.{i}.{w}" for i in range(4) for w in ("weight", "bias")}
     if wrong or missing:
         raise InputError(f"--init-backbone {path}: no Swin of torchvision, timm, or the official "
@@ -142,10 +142,10 @@ def unwrapped(content):
     return weights
 
 
-# may differ when a run is resumed; the last five change how it goes on, not what it is
+# flags that may change when a run is resumed; the last five change the rest of the run
 CHANGEABLE = {"resume", "eval", "check", "workers", "out", "compile", "device", "save_every",
         "eval_every", "batch_size", "accumulate", "steps", "epochs", "on_error"}
-# without the same, weights mean something else: may not even differ when they are only evaluated
+# flags that decide what the weights mean: they must not change with --eval either
 ANSWERS = {"preset", "window", "decoder_layers", "tasks", "queries", "many_queries", "min_depth",
            "max_depth", "norm_pix", "sigma"}
 
@@ -171,11 +171,11 @@ def compare(checkpoint, path, args, dataset):
                          "the same, or another --out")
     for key, value in answer_names(dataset).items():
         was = checkpoint.get(key, value)
-        # ids may differ, if names do not; so may the names of what has the same joints
+        # category ids may differ if the names agree, and so may the classes that have these joints
         if key not in ("category_ids", "kinds") and was != value:
             raise InputError(f"--data {args.data}: its {key} are {str(value)[:200]}, but --out "
                              f"{path} was trained for {str(was)[:200]} (--data {then['data']}; "
-                             "classes.txt tells those of label maps)")
+                             "for label maps, classes.txt names the classes)")
 
 
 def resume(args, model, optimizer, run, dataset):
@@ -209,7 +209,7 @@ def save_checkpoint(args, model, optimizer, run, step, best, dataset, is_best=Fa
                     ungraded=False):
     """Rank 0 writes OUT/last.pt, from which a run resumes, and OUT/best.pt, without optimiser. Both
     hold config, preset, flags, what the dataset means. FloatingPointError for inf or NaN in them.
-    ungraded: this step's evaluation comes after it; a run that dies there begins with it."""
+    ungraded: the evaluation of this step is still due, and a resumed run begins with it."""
     if not all(p.isfinite().all() for p in model.parameters()):     # the same on all processes
         raise FloatingPointError(f"a weight is not finite after step {step}: lower --lr; the "
                                  "last checkpoint is untouched, --resume continues from it")

@@ -4,8 +4,8 @@ Curves of one or several runs, finished or still going on: loss and metrics over
     python curves.py out/scratch out/pretrained --out out/curves.png
     python curves.py out/all/log.jsonl --metric mIoU,PQ
 
-RUN: a folder with log.jsonl, or such a file. A panel for the loss and one for each metric, by
-default the first that each run logs; several runs share the panels, as Figure 5 of the paper.
+RUN is a folder with a log.jsonl, or that file. There is a panel for the loss and one for each
+metric (default: the first that each run logs). Runs share the panels, as in the paper's Figure 5.
 """
 import json
 import math
@@ -45,7 +45,7 @@ def read_log(run):
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a run's folder or its "
                          "log.jsonl") from None
     except (ValueError, KeyError, AttributeError, TypeError):
-        raise InputError(f"{path}: not a log of ours, one JSON object with a step a line") from None
+        raise InputError(f"{path}: not a log: a line must be a JSON object with a step") from None
     if not found:
         raise InputError(f"{path}: nothing is logged yet; the first line comes after 20 steps")
     return found
@@ -140,7 +140,7 @@ def main(args):
 
 if __name__ == "__main__":
     parser = training.Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its log.jsonl")
     parser.add_argument("--out", default="out/curves.png", help="PNG to write")
     parser.add_argument("--metric", type=lambda text: text.split(","), help="names in the logs, "
                         "as mIoU,PQ (default: the first of each run)")

@@ -37,7 +37,7 @@ from tokens import Layout, row_budget
 
 
 def derive_seed(*numbers):
-    """One 63-bit seed from several integers; a change of any changes all bits."""
+    """One 63-bit seed from several integers; a change of any of them gives an unrelated seed."""
     return random.Random(",".join(map(str, numbers))).getrandbits(63)
 
 
@@ -82,14 +82,14 @@ class Photos:
 
 
 def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop", **reading):
-    """(training, validation) source of annotated samples for fine-tuning.
+    """[training, validation] source of annotated samples for fine-tuning.
 
-    path: see toy_scenes, or a folder in one of formats/folders.py's formats; size: px of
-    ToyWorld's photos; keys: the annotations to keep; fraction: the share of the training samples to
-    use, of ToyWorld the first ones, of a folder a random choice, always the same, larger ones
-    containing smaller ones; overfit: validate on the training samples; on_error "skip": leave out
-    what is broken (validation photos are all read once for that); reading: see open_folder.
-    Raises InputError, as that does.
+    path: see toy_scenes, or a folder in one of the formats of formats/folders.py; size: px of a
+    side of ToyWorld's photos; keys: the annotations to keep; fraction: share of the training
+    samples to use: the first ones of ToyWorld, or a fixed random subset of a folder (a larger
+    subset contains a smaller one); overfit: validate on the training samples; on_error "skip":
+    leave out broken photos (all validation photos are read once to find them); reading: more
+    arguments of open_folder. Raises InputError if the data set cannot be read.
     """
     if scenes := toy_scenes(path, 256):
         train, val, world = scenes
@@ -163,8 +163,8 @@ class Pretraining:
             return image, hidden_units(*self.mask)
 
     def row_budget(self, config, batch_size, trials=8):
-        """Rows of attention for a batch of this size, from batches of masks that are drawn the same
-        way everywhere; see tokens.row_budget."""
+        """Rows of attention to reserve for a batch of this size, see tokens.row_budget; estimated
+        from `trials` batches of masks, which are the same in every process."""
         with seeded(0):
             masks = [torch.stack([hidden_units(*self.mask) for _ in range(batch_size)])
                      for _ in range(trials)]
@@ -184,9 +184,9 @@ def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="
     """(training set, validation set) of Pretraining samples.
 
     path: see toy_scenes, or a folder with train/ and val/ inside (ImageNet's format), or any
-    folder of photos, of which every 20th in path order is then kept for validation. Where there
-    are labels beside a folder images/, or depth maps beside rgb/, only that is read.
-    on_error "skip": validation photos are all read once, and the unreadable ones left out.
+    folder of photos, of which every 20th in path order is then kept for validation. Where labels
+    lie beside a folder images/, or depth maps beside rgb/, only images/ or rgb/ is read.
+    on_error "skip": all validation photos are read once, and unreadable ones are left out.
     config: model.Config. InputError if size, mask or folder do not fit.
     """
     side = config.image_size // config.unit
@@ -194,8 +194,8 @@ def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="
         raise InputError(f"--size {config.image_size}: take a multiple of {config.unit}, the px of "
                          "a unit")
     if not 0 < ratio < 1 or not 0 < int(side * side * (1 - ratio)):
-        raise InputError(f"--mask-ratio {ratio}: leaves nothing to see or to predict of "
-                         f"{side * side} units")
+        raise InputError(f"--mask-ratio {ratio}: at least one of the {side * side} "
+                         "units must stay visible, and one be hidden")
     if mask == "grid" and (ratio != 0.75 or side % 2):
         raise InputError("--mask grid keeps one unit of four: it needs --mask-ratio 0.75 and an "
                          "even number of units")
@@ -230,7 +230,7 @@ def photo_folders(root):
 
 
 def hold_out(files):
-    """List of files -> [training, validation] Photos: every 20th validates; one: InputError."""
+    """Files -> [training, validation] Photos, every 20th validates; InputError for one file."""
     if len(files) < 2:
         raise InputError(f"--data {files[0].parent}: one photo; training and validation need two")
     return [Photos([f for i, f in enumerate(files) if i % 20]), Photos(files[::20])]
@@ -258,7 +258,7 @@ class CropToFit:
 
 
 class ColourJitter:
-    """SSD's as Mask2Former uses it: brightness +-32, contrast x 0.5..1.5 before or after saturation
+    """SSD's, as in Mask2Former: brightness +-32, contrast x 0.5..1.5 before or after saturation
     x 0.5..1.5 and hue +-36 degrees, each half of the time. (torchvision's RandomPhotometricDistort
     follows SSD further: it also swaps the channels of every other photo.)"""
 
@@ -287,9 +287,9 @@ def recolour(image, values):
 
 
 class ScaleToShortest:
-    """v2.RandomShortestSize for photos with masks: torchvision's own takes the nearest pixel of a
-    mask from its corner, half a pixel off the photo; here from its centre. sizes: px of the shorter
-    side, of which one is drawn; longest: px of the longer side at most."""
+    """v2.RandomShortestSize for photos with masks. torchvision samples masks at pixel corners, so
+    that they move half a pixel against the photo; we sample at pixel centres. sizes: px of the
+    shorter side, one of which is drawn; longest: limit of the longer side, px."""
 
     def __init__(self, sizes, longest):
         self.random_size = v2.RandomShortestSize(sizes, max_size=longest)
@@ -325,7 +325,7 @@ def segmentation_transform(train, size, flip=True):
 def find_objects(task, sample, things):
     """The true masks of a task: labels int64 [N], masks bool [N, H, W], iscrowd bool [N].
 
-    Reads from the sample, the first `things` classes being things and the rest stuff,
+    The first `things` classes are things, the others stuff. Each task reads from the sample:
     semantic: "semantic" uint8 [H, W] of classes; a mask for each class present, none for IGNORE.
     panoptic: "panoptic" int [H, W] of segment ids, 0 = void, and "segments" int64 [S, 3] of id,
               class, iscrowd; a mask for each segment that has a pixel (left).
@@ -349,9 +349,9 @@ def find_instances(sample, things):
     """The things of a photo: labels int64 [N], layers [L, H, W] of the numbers 1..N (see
     formats/masks.py), iscrowd bool [N].
 
-    From "layers", which may hold overlapping things, "classes" int64 [N], "iscrowd" [N]; without
-    them those of the panoptic map that have a pixel (left): one map is faster to augment than N
-    masks.
+    They come from "layers", in which things may overlap, "classes" int64 [N] and "iscrowd" [N];
+    without layers, from the panoptic map: its things that still have a pixel. Maps are used here
+    because one map is faster to augment than N masks.
     """
     sample = {k: v.as_subclass(torch.Tensor) if torch.is_tensor(v) else v
               for k, v in sample.items()}
@@ -367,7 +367,7 @@ def find_instances(sample, things):
 
 
 def drawn_segments(panoptic, segments):
-    """Those of the segments int64 [S, 3] = id, class, iscrowd of which a pixel is in the map."""
+    """The rows of segments int64 [S, 3] = id, class, iscrowd that have a pixel in the map."""
     drawn = torch.bincount(panoptic.flatten()).nonzero()
     return segments[torch.isin(segments[:, 0], drawn)]
 
@@ -417,8 +417,8 @@ class Segmentation:
 
 def open_segmentation(path, size, fraction=1.0, seed=0, tasks=("semantic",), overfit=False,
                       flip=True, **reading):
-    """(training set, validation set) for the segmentation tasks; see open_sources. Instances alone
-    may overlap; trained with other tasks they are the things of the panoptic map."""
+    """(training set, validation set) for the segmentation tasks; see open_sources. With
+    "instance" as the only task masks may overlap; else they are the panoptic map's things."""
     keys = ["semantic"] * ("semantic" in tasks)
     if list(tasks) == ["instance"] and not toy_scenes(path, 1):
         keys += ["masks"]
@@ -446,9 +446,9 @@ class CropBetween:
 
 
 def detection_transform(augment, size, flip=True):
-    """DETR's multi-scale recipe, all in proportion to `size` (800 px: the shortest side at test,
-    the longest at most 1333): flip; shortest side 480..800; half of the time a crop of 384..600 px
-    from the photo at 400, 500 or 600 before."""
+    """DETR's multi-scale recipe in proportion to `size`, the shortest side at test; for DETR's 800
+    px: flip; half of the time, scale the shortest side to 400, 500 or 600 and crop 384..600 px;
+    then scale the shortest side to 480..800 px (the longest to 1333 at most)."""
     longest = size * 1333 // 800
     if not augment:
         return v2.RandomShortestSize([size], longest, antialias=True)
@@ -511,7 +511,7 @@ def open_detection(path, size, fraction=1.0, overfit=False, seed=0, flip=True, *
 
 
 class ColourAugment:
-    """BTS's: gamma 0.9-1.1, brightness 0.75-1.25, each channel 0.9-1.1; half of the time."""
+    """BTS's colours, half of the time: gamma 0.9-1.1, brightness 0.75-1.25, channels 0.9-1.1."""
 
     def __call__(self, sample):
         if torch.rand(()) < 0.5:
@@ -525,8 +525,8 @@ class ColourAugment:
 
 
 class Tilt:
-    """Turn photo and depth about the centre by up to `degrees`, half of the time: as
-    v2.RandomRotation, but the grid of one serves the other. What is uncovered becomes 0."""
+    """Half of the time, rotate photo and depth about the centre by up to `degrees`, like
+    v2.RandomRotation, but both with one sampling grid. Uncovered corners become 0."""
 
     def __init__(self, degrees):
         self.degrees = degrees

@@ -3,8 +3,8 @@ Pictures of photos and of what networks answer, with PIL alone. The training scr
 samples, and predict.py draws its answers, with the same functions.
 
 Photos are uint8 [3, H, W]; every function that draws returns a PIL image. Small photos are enlarged
-by a whole factor to about `room` px, so that names fit on them; letters and lines grow with large
-ones. Pixels outside the objects and their labels stay those of the (enlarged) photo.
+by a whole factor to at most `room` px, so that names fit on them; on large ones letters and lines
+grow. Pixels outside the objects and their labels stay those of the (enlarged) photo.
 """
 import contextlib
 import os
@@ -105,7 +105,7 @@ def letters(side):
 
 
 def fitted(text, size, width):
-    """The text and a font with which it fits into `width` px: smaller letters, at last fewer."""
+    """The text and a font that fit into `width` px: letters shrink to 9 px, then text is cut."""
     while size > 9 and font(size).getlength(text) > width:
         size -= 1
     while len(text) > 1 and font(size).getlength(text) > width:
@@ -159,7 +159,7 @@ def stroke(image):
 
 
 def boxes(photo, found, labels, texts, room=ROOM):
-    """Boxes float [N, 4] x1 y1 x2 y2 with their texts, coloured by label; the first on top."""
+    """Boxes float [N, 4] x1 y1 x2 y2 photo px, with texts, coloured by label; the first on top."""
     (image, zoom), found = canvas(photo, room), np.asarray(found, np.float64).reshape(-1, 4)
     draw, width, names = ImageDraw.Draw(image), stroke(image), Labels(image)
     edge = max(1, width // 3)
@@ -257,7 +257,7 @@ def depth_range(depth, share=0.0):
 
 def depth_map(depth, low, high):
     """Depth [H, W] in metres -> colours uint8 [3, H, W], low = light yellow, high = dark violet,
-    what lies beyond them like the end of the scale; 0 = invalid = black."""
+    values beyond them are clipped; 0 = invalid = black."""
     depth = np.asarray(depth)
     at = ((depth - low) / max(high - low, 1e-9)).clip(0, 1)
     colours = scale()[(at * 255).round().astype(np.uint8)] * (depth > 0)[..., None]
@@ -275,8 +275,8 @@ def scale():
 def skeletons(photo, keypoints, sure, texts, bones=SKELETON, room=ROOM):
     """Persons' keypoints [P, J, 2] photo px, sure float [P, J] in 0..1; a colour per person.
 
-    Joints are dots, those below 0.5 rings, those of 0.2 or less and their bones left out; the text
-    stands above the highest joint.
+    Joints are dots, or rings if `sure` is below 0.5; joints of 0.2 or less and their bones are left
+    out. The text stands above the highest joint.
     """
     image, zoom = canvas(photo, room)
     draw, names = ImageDraw.Draw(image), Labels(image)

@@ -8,8 +8,8 @@ Defaults are the paper's recipe (38.4 k steps of 16 images, 64 queries, 8 proces
     torchrun --nproc_per_node=8 finetune_depth.py --data nyu/ --eigen-crop --init out/base/best.pt
 --data: NYU-Depth-v2 with BTS's file lists, or pairs of photo and 16-bit PNG; see docs/data.md.
 
-Loss, augmentation, schedule and test are BinsFormer's. Without its losses on inner layers and its
-scene classifier: the paper names one loss, the scale-invariant one. OUT holds last.pt, best.pt (by
+Loss, augmentation, schedule and test are BinsFormer's, but without its losses on inner layers and
+its scene classifier: the paper names only the scale-invariant loss. OUT holds last.pt, best.pt (by
 relative error), log.jsonl and samples/*.png: photo, truth, prediction, black = no measurement.
 """
 import contextlib
@@ -32,8 +32,8 @@ from survey import survey
 from tokens import at_original
 
 PRESETS = {
-    # two CPU cores, about a minute. The e_i gain less from speed than those of segmentation: Eq. 5
-    # gives each query another depth, so that they come apart by themselves
+    # two CPU cores, about a minute. A high query_lr helps less than in segmentation: Eq. 5 gives
+    # each query another depth, so the queries become different without it
     "tiny": dict(data="toyworld", steps=320, crop=[64, 64], batch_size=16, queries=32, lr=1e-3,
                  query_lr=120.0, drop_path=0.0, workers=1, eval_every=80),
     "small": dict(drop_path=0.1),
@@ -67,12 +67,12 @@ def flags():
 
 
 def depth_loss(depth, targets, patch, min_depth=0.0, max_depth=math.inf):
-    """SILog, a scalar, of depth float [B, h, w], metres, a padded canvas, with the "depth" of the
-    targets, B dicts, [H_b, W_b] at full size, where it lies between the limits: what is graded
-    nothing teaches nothing, as the last value of a sensor that saw no end.
+    """SILog, a scalar. depth: float [B, h, w] in metres on a padded canvas; targets: B dicts with
+    "depth" [H_b, W_b] in metres. Only pixels between the limits count, as in evaluation: a sensor
+    often writes its largest value where it measured nothing.
 
-    Image by image, as at test, so that an image gets what it gets alone: with aligned corners the
-    padding of a canvas would move every pixel of it.
+    Each image is resized alone, as at test: with aligned corners the padding of the canvas would
+    move all of its pixels.
     """
     truths = [t["depth"] for t in targets]
     truths = [torch.where((t > min_depth) & (t < max_depth), t, 0) for t in truths]
@@ -106,8 +106,8 @@ def predict(model, images, layout, originals, run, mirror=True):
 
 
 def graded(shape, args):
-    """Which pixels count besides having a truth: all, or Eigen's window, with InputError for
-    another shape than NYU's: bool [H, W]."""
+    """bool [H, W], True = graded if its depth is known: all pixels, or with --eigen-crop those of
+    Eigen's window; InputError if the shape is then not NYU's 480 x 640."""
     if not args.eigen_crop:
         return np.ones(shape, bool)
     if tuple(shape) != (480, 640):
@@ -183,7 +183,7 @@ def spread(source, args):
     """The depths of up to 16 training photos in a line: a wrong --depth-scale shows in it."""
     depth = torch.zeros(0)
     for i in range(0, len(source), -(-len(source) // 16)):
-        with contextlib.suppress(*[InputError] * (args.on_error == "skip")):    # told when trained
+        with contextlib.suppress(*[InputError] * (args.on_error == "skip")):    # named in training
             depth = torch.cat([depth, source.labels(i)["depth"][::4, ::4].flatten()])
     measured = depth[depth > 0]
     if not len(measured):
@@ -227,17 +227,17 @@ def main(args):
             with bar.evaluation():
                 best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
         while step < args.steps:
-            # What is random in a step is a function of (seed, step, rank): drop path. So a
-            # resumed run repeats it, and the samples are chosen in the same way.
+            # The random numbers of a step (drop path) depend only on (seed, step, rank), so a
+            # resumed run repeats them. The samples of a step depend only on (seed, step).
             torch.manual_seed(derive_seed(args.seed, step, run.rank))
 
             # The learning rate is a function of the step: up for 30 % of the run, then down.
             lr = args.lr * training.one_cycle(step, args.steps)
             training.set_lr(optimizer, lr)
 
-            # Forward, loss, backward. Mean and variance of g in the loss are those of the images of
-            # this process, as in BinsFormer: the gradients of n processes average to others than
-            # those of one with n times the batch.
+            # Forward, loss, backward. Mean and variance of g in the loss are those of the images in
+            # this micro-step, as in BinsFormer, so n processes do not get the same gradient as one
+            # process with n times the batch.
             for micro in range(args.accumulate):
                 images, layout, targets = run.fetch(loader)
                 with run.no_sync(ddp, last=micro + 1 == args.accumulate):
@@ -248,7 +248,7 @@ def main(args):
                     loss.backward()
                 bar.add(loss)
 
-            # The gradient's norm is cut, so that one odd batch cannot throw the weights far off.
+            # The gradient's norm is clipped, so that one odd batch cannot move the weights far.
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()

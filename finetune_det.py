@@ -8,9 +8,9 @@ one-to-many queries, 8 processes):
     torchrun --nproc_per_node=8 finetune_det.py --data coco/ --init out/base/best.pt
 --data: a folder with annotations/instances_{train,val}*.json, COCO's or any in its format.
 
-One linear layer gives the box, one the class, as the paper says: no box MLP, no reference points,
-no refinement from layer to layer. OUT holds last.pt, best.pt, log.jsonl and samples/*.png: photo
-with true boxes, photo with predicted boxes.
+As in the paper, one linear layer gives the box and one gives the class. There is no box MLP, no
+reference point, no refinement from layer to layer. OUT holds last.pt, best.pt, log.jsonl and
+samples/*.png: photo with true boxes, photo with predicted boxes.
 """
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def flags():
 
 
 def detection_inference(class_logits, boxes, size, count=100):
-    """The best `count` of all (query, class) pairs, no suppression (H-DETR).
+    """The best `count` of all (query, class) pairs, no non-maximum suppression (H-DETR).
 
     class_logits [Q, K]; boxes [Q, 4] = centre x, y, width, height in 0..1; size: (H0, W0) of the
     photo. Returns scores [D] falling, labels [D], boxes [D, 4] x1 y1 x2 y2 in the photo's pixels.
@@ -86,7 +86,7 @@ def predict(model, images, layout, originals, run):
 
 
 def evaluate(model, dataset, args, run, path=None):
-    """COCO box AP, AveragePrecision.result, of the validation set; picture of the first images."""
+    """AveragePrecision.result of the validation set, a dict; draws the first images to `path`."""
     model.eval()
     metric, rows = AveragePrecision("box", range(len(dataset.classes))), []
     batches = batching.share(len(dataset), args, run)
@@ -138,7 +138,7 @@ def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
 
 def group_losses(class_logits, boxes, targets, objects, args):
     """The same set loss for both groups: each object takes one query of the first group and
-    `repeats` of the second. Arguments as of detection_loss, Q both groups; returns a scalar."""
+    `repeats` of the second. Arguments: detection_loss's, Q = both groups. Returns a scalar."""
     split = (args.queries, args.many_queries)
     groups = zip(class_logits.split(split, 2), boxes.split(split, 2), (1, args.repeats))
     return sum(detection_loss(c, b, targets, objects, repeats)["loss"]
@@ -175,8 +175,8 @@ def main(args):
             with bar.evaluation():
                 best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
         while step < steps:
-            # What is random in a step is a function of (seed, step, rank): drop path. So a
-            # resumed run repeats it, and the samples are chosen in the same way.
+            # The random numbers of a step (drop path) depend only on (seed, step, rank), so a
+            # resumed run repeats them. The samples of a step depend only on (seed, step).
             torch.manual_seed(derive_seed(args.seed, step, run.rank))
 
             # The learning rate is a function of the step: a drop to a tenth at 4/5 of the run.
@@ -198,7 +198,7 @@ def main(args):
                     loss.backward()
                 bar.add(loss)
 
-            # The gradient's norm is cut, so that one odd batch cannot throw the weights far off.
+            # The gradient's norm is clipped, so that one odd batch cannot move the weights far.
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()

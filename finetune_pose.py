@@ -10,7 +10,7 @@ Defaults are the paper's recipe (210 epochs of person crops of 256 x 192 px, 8 p
 --data: a folder with annotations/person_keypoints_{train,val}*.json, COCO's or any in its format.
 
 Top-down: a person's box comes first, from the ground truth or from a detector's file; the network
-finds the joints inside it, COCO's 17 or those that the file names, of whatever has them. Crops,
+finds the joints inside it, COCO's 17 or those that the file names (of animals, for example). Crops,
 augmentation, targets, schedule and inference are ViTPose's (pose.py). OUT holds last.pt, best.pt,
 log.jsonl and samples/*.png: truth, prediction.
 """
@@ -59,8 +59,8 @@ def flags():
          help="spread of the crop's scale around 1")
     data("--rotation", type=training.number(float, 0, 90), default=40.0,
          help="spread of the crop's angle, degrees")
-    data("--flip-pairs", help="joints that a mirror exchanges, if their names do not tell: "
-         "EARL-EARR,3-4; names, or numbers from 1; or none")
+    data("--flip-pairs", help="joints that a mirror exchanges, if their names lack left and right: "
+         "pairs of names or of numbers from 1, as EARL-EARR,3-4; or none")
     model("--size", type=positive, nargs=2, default=[256, 192], metavar=("HEIGHT", "WIDTH"),
           help="px of a person's crop")
     model("--sigma", type=rate, default=2.0, help="of the target Gaussians, heatmap px")
@@ -81,7 +81,7 @@ def flags():
 def predict(model, crops, args, run, flip=pose.FLIP):
     """uint8 [P, 3, H, W] -> joints [P, J, 2] in crop px and their scores [P, J], fp32 numpy.
 
-    At most --batch-size crops are on the device at once, each also in a mirror (flip test).
+    At most --batch-size crops are on the device at once; each is also mirrored (flip test).
     """
     joints, scores = [torch.empty(0, len(flip), 2)], [torch.empty(0, len(flip))]
     for start in range(0, len(crops), args.batch_size):
@@ -89,7 +89,7 @@ def predict(model, crops, args, run, flip=pose.FLIP):
         layout = whole(model.glid.config, images).to(run.device)
         with run.autocast():
             maps = model(images, layout).float()
-            if not args.overfit and not args.no_flip:   # which have seen nothing in a mirror
+            if not args.overfit and not args.no_flip:   # both train without mirroring
                 maps = pose.flip_average(maps, model(images.flip(3), layout).float(), flip)
         at, score = pose.decode(maps, args.size, args.sigma)
         joints.append(at.cpu())
@@ -111,7 +111,7 @@ def answer(photo, joints, scores, sigmas=OKS_SIGMAS):
 def evaluate(model, dataset, args, run, path=None):
     """COCO's keypoint metrics, a dict of SHOWN, of the validation set; picture of the first photos.
 
-    Processes share photos, not persons: which of two predictions is a double is decided in one.
+    Photos, not persons, are split over the processes: duplicates are removed photo by photo.
     """
     model.eval()
     metric, rows = AveragePrecision("keypoint", [PERSON], sigmas=dataset.sigmas), []
@@ -193,8 +193,8 @@ def main(args):
             with bar.evaluation():
                 best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
         while step < steps:
-            # What is random in a step is a function of (seed, step, rank): drop path. So a
-            # resumed run repeats it, and the samples are chosen in the same way.
+            # The random numbers of a step (drop path) depend only on (seed, step, rank), so a
+            # resumed run repeats them. The samples of a step depend only on (seed, step).
             torch.manual_seed(derive_seed(args.seed, step, run.rank))
 
             # The learning rate is a function of the step: a short warm-up and two drops to a tenth.
@@ -216,7 +216,7 @@ def main(args):
                     loss.backward()
                 bar.add(1000 * loss)                # heatmaps are nearly empty: errors are small
 
-            # The gradient's norm is cut, so that one odd batch cannot throw the weights far off.
+            # The gradient's norm is clipped, so that one odd batch cannot move the weights far.
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()

@@ -1,5 +1,5 @@
 """
-Stage 2: segmentation with the whole pre-trained GLID; per task a linear head and M zero e_i.
+Stage 2: segmentation with the whole pre-trained GLID; each task adds a linear head and M queries.
 
     python finetune_seg.py --preset tiny --init out/pretrain/best.pt        with pre-training
     python finetune_seg.py --preset tiny --out out/scratch                  from scratch
@@ -10,7 +10,7 @@ for instance and panoptic segmentation, 8 processes):
     torchrun --nproc_per_node=8 finetune_seg.py --init out/base/best.pt --data ADEChallengeData2016
     torchrun --nproc_per_node=8 finetune_seg.py --init out/base/best.pt --data coco --tasks instance
 --data: ADE20K's or COCO's folder, any in their formats, or photos and label PNGs; see docs/data.md.
-Several tasks share everything but their heads and e_i, and every batch evenly (Table 3).
+Several tasks share all but their heads and e_i; every batch holds them evenly (Table 3).
 
 Losses, augmentation, schedule and inference are Mask2Former's, without its masked attention, which
 the paper does not mention. OUT holds last.pt, best.pt, log.jsonl and samples/*.png: photo, then
@@ -43,12 +43,12 @@ REPORT = {"semantic": ["mIoU"], "instance": ["AP", "AP50", "AP75"],
           "panoptic": ["PQ", "PQ_things", "PQ_stuff"]}
 
 PRESETS = {
-    # two CPU cores, about a minute. The e_i must reach the size of the position embeddings (0.7 a
-    # channel) that told the pre-trained decoder its queries apart; at --lr they never would
+    # two CPU cores, about a minute. The pre-trained decoder distinguishes queries by positions of
+    # size 0.7 a channel. The e_i must reach that size, which they never would at --lr
     "tiny": dict(data="toyworld", steps=320, size=64, batch_size=16, points=512, queries="32",
                  lr=1e-3, backbone_lr=1.0, query_lr=500.0, drop_path=0.0, workers=1,
                  eval_every=80,
-                 # so short a training leaves few queries as sure as 0.8 of their class
+                 # after so few steps few queries have p(class) > 0.8
                  object_threshold=0.3),
     "small": dict(backbone_lr=1.0, drop_path=0.1),
 }
@@ -71,7 +71,7 @@ def flags():
     positive, share = training.POSITIVE, training.number(float, 0, 1)
     label = training.number(int, 0, 65535)
     data("--first-label", type=label, help="in a folder of label PNGs, the first class's value; "
-         "less is no class (default: 1 in ADE20K's format, else 0)")
+         "lower values are no class (default: 1 in ADE20K's format, else 0)")
     data("--ignore-label", type=label, help="a value, besides 255, that is no class")
     model("--tasks", type=task_names, default="semantic", metavar="TASKS", help="some of "
           "semantic,instance,panoptic")
@@ -85,10 +85,10 @@ def flags():
               help="Mask2Former's")
     optimiser("--clip", type=training.RATE, default=0.01, help="gradient norm; Mask2Former's")
     evaluation("--eval-every", type=positive, default=5000, help="steps between evaluations")
-    evaluation("--object-threshold", type=share, default=0.8, help="panoptic: sure enough of its "
-               "class")
-    evaluation("--overlap-threshold", type=share, default=0.8, help="panoptic: owns enough of its "
-               "mask")
+    evaluation("--object-threshold", type=share, default=0.8, help="panoptic: least p(class) of a "
+               "query that counts")
+    evaluation("--overlap-threshold", type=share, default=0.8, help="panoptic: least share of its "
+               "mask that a query must own")
     parser.set_defaults(batch_size=2, out="out/segmentation", steps=160_000, lr=1e-4,
                         backbone_lr=0.1, drop_path=0.3)
     return parser
@@ -124,8 +124,8 @@ def instance_inference(class_logits, mask_logits, size, patch, original, limit=1
     """Mask2Former's: the `limit` best pairs of query and class; a query may answer several times.
 
     class_logits [M, K + 1] and mask_logits [M, h, w] of one image; size, patch, original as for
-    at_original. Returns dict, best class first: labels int64 [D], scores float [D] = p(class) x the
-    mean p(mask) of the mask's pixels, masks bool [D, H0, W0] = where p(mask) > 1/2, on the CPU.
+    at_original. Returns dict, by falling p(class): labels int64 [D], scores float [D] = p(class) x
+    mean p(mask) of the mask's pixels, masks bool [D, H0, W0] = p(mask) > 1/2, on the CPU.
     Empty masks are left out: their score would be 0, which cannot change the average precision.
     """
     p = class_logits.float().softmax(-1)[:, :-1]
@@ -157,9 +157,9 @@ def panoptic_inference(class_logits, mask_logits, size, patch, original, things,
     """Mask2Former's: each pixel goes to the surest query, fragments are dropped, stuff is merged.
 
     class_logits [M, K + 1] and mask_logits [M, h, w] of one image, the first `things` classes being
-    things. Queries count whose class is not "no object" and has p > object_threshold; a pixel
-    belongs to the one of the largest p(class) x p(mask), if that p(mask) >= 1/2. A query that owns
-    less than overlap_threshold of its own mask is dropped and leaves void.
+    things. Only queries count whose best class is an object with p > object_threshold. A pixel
+    belongs to the query with the largest p(class) x p(mask), if its p(mask) >= 1/2. A query that
+    owns less than overlap_threshold of its own mask is dropped; its pixels become void.
     Returns ids int32 [H0, W0], 0 = void, and {id: class}; one segment per class of stuff.
     """
     p, labels = class_logits.float().softmax(-1).max(-1)
@@ -192,8 +192,8 @@ def panoptic_inference(class_logits, mask_logits, size, patch, original, things,
 
 @torch.no_grad()
 def predict(model, images, layout, originals, args, things, run):
-    """uint8 images [B, 3, H, W] -> B dicts task -> answer at the original size, one after another:
-    the masks of one large photo may be hundreds of megabytes.
+    """uint8 images [B, 3, H, W]; yields for each photo a dict task -> answer at the original size.
+    A generator, because the masks of one large photo may be hundreds of megabytes.
 
     semantic: class map uint8 [H0, W0]. instance: dict of labels, scores, masks, see
     instance_inference. panoptic: segment ids [H0, W0] and {id: class}. All on the CPU.
@@ -324,15 +324,15 @@ def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
 
 
 def slices(tasks, targets):
-    """Which images of a batch grouped by task each task is asked about: dict task -> slice."""
+    """The images of each task, in a batch that is sorted by task: dict task -> slice."""
     names = [t["task"] for t in targets]
     return {t: slice(bisect_left(names, t), bisect_right(names, t)) for t in tasks}
 
 
 def objects_per_image(tasks, targets, run):
-    """Mean number of objects in a task's images of the whole step, over its micro-steps and all
-    processes, a list; at least one object a process. All divide by the same number, so that
-    gradients average to the true mean."""
+    """Mean number of objects per image of each task, a list of floats, over all micro-steps and
+    processes of a step, but at least one object per process. All processes divide by this number,
+    so the average of their gradients is that of one large batch."""
     counts = [[len(t["labels"]) for t in targets if t["task"] == task] for task in tasks]
     sums = run.sum(*map(sum, counts), *map(len, counts))
     return [max(objects, run.world) / max(1, images)
@@ -340,9 +340,9 @@ def objects_per_image(tasks, targets, run):
 
 
 def batch_loss(answers, asked, targets, density, canvas, points):
-    """Mean of the tasks' losses, each weighing as much as it has images in the batch: so a task
-    counts in proportion to its images of all processes, however they fell to the processes.
-    answers: Segmenter's; asked: slices'; density: objects_per_image's. Returns a scalar."""
+    """Mean of the tasks' losses, weighted by their number of images in this batch; averaged over
+    the processes, each task then counts in proportion to all of its images.
+    answers: from Segmenter; asked: from slices; density: from objects_per_image. A scalar."""
     total = 0
     for (classes, masks), mine, objects in zip(answers.values(), asked.values(), density):
         own = targets[mine]
@@ -352,7 +352,7 @@ def batch_loss(answers, asked, targets, density, canvas, points):
 
 
 def main(args):
-    """Train; returns mIoU, AP, PQ of the best evaluation, as far as trained for, and the step."""
+    """Train; returns the main_metrics of the best evaluation, and "step": steps done."""
     run = training.start(args)
     train, val = open_segmentation(args.data, args.size, args.data_fraction, args.seed, args.tasks,
                                    args.overfit, not args.no_flip, on_error=args.on_error,
@@ -383,8 +383,8 @@ def main(args):
             with bar.evaluation():
                 best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
         while step < args.steps:
-            # What is random in a step is a function of (seed, step, rank): drop path, points. So a
-            # resumed run repeats it, and the samples are chosen in the same way.
+            # The random numbers of a step (drop path, points) depend only on (seed, step, rank), so
+            # a resumed run repeats them. The samples of a step depend only on (seed, step).
             torch.manual_seed(derive_seed(args.seed, step, run.rank))
 
             # The learning rate is a function of the step: a polynomial that falls to 0.
@@ -409,7 +409,7 @@ def main(args):
                     loss.backward()
                 bar.add(loss)
 
-            # The gradient's norm is cut, so that one odd batch cannot throw the weights far off.
+            # The gradient's norm is clipped, so that one odd batch cannot move the weights far.
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()

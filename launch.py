@@ -1,6 +1,6 @@
 """
-How a program ends: what the user can mend in one line and exit code 2, a signal in one line, only
-a fault of ours in a traceback.
+How a program ends: an error that the user can fix prints one line and exits with code 2, a signal
+prints one line, and only a bug of ours prints a traceback.
 """
 import contextlib
 import errno
@@ -22,8 +22,8 @@ class Stopped(Exception):
 
 
 def launch(main, args):
-    """Call main. What the user can mend ends in one line on stderr and exit code 2; a signal in one
-    line and 128 + its number; only a fault of ours in a traceback."""
+    """Call main. An error that the user can fix prints one line on stderr and exits with code 2; a
+    signal prints one line and exits with 128 + its number; only a bug of ours is raised."""
     for stream in (sys.stdout, sys.stderr):     # a name that this terminal cannot show is escaped
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")
@@ -34,7 +34,7 @@ def launch(main, args):
         return result
     except Stopped as stopped:
         code, message = 128 + stopped.args[0], stopped.args[1]
-    except KeyboardInterrupt:                   # before the first step: as any program
+    except KeyboardInterrupt:                   # before Progress handles signals
         code, message = 128 + signal.SIGINT, "stopped before the first step; nothing to save"
     except (InputError, FloatingPointError) as error:
         # an error from a data process carries its traceback: the last line is ours
@@ -80,7 +80,7 @@ def last_word(message):
     words = torchrun, os.environ["TORCHELASTIC_RUN_ID"], os.environ.get("MASTER_PORT"), \
         os.environ.get("TORCHELASTIC_RESTART_COUNT")
     claim = Path(tempfile.gettempdir(), "nanoglid-" + "-".join(map(str, words)))
-    with contextlib.suppress(OSError):          # of an earlier machine with the same numbers
+    with contextlib.suppress(OSError):          # left by an earlier run with the same numbers
         if time.time() - claim.stat().st_mtime > 60:
             claim.unlink()
     try:
@@ -94,7 +94,7 @@ def last_word(message):
     if os.fork() == 0:
         try:
             os.setsid()                         # torchrun ends our process group
-            os.closerange(3, 4096)              # what the others wait for must close, GPUs as well
+            os.closerange(3, 4096)              # close the pipes that others read, and GPUs
             while running(torchrun):
                 time.sleep(0.05)
             os.write(2, f"{message}\n".encode(errors="backslashreplace"))
@@ -104,7 +104,7 @@ def last_word(message):
 
 
 def running(process):
-    """Whether a process lives, to Linux's knowledge; elsewhere False."""
+    """Whether a process is alive, by Linux's /proc; False on other systems."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
         return stat.rpartition(")")[2].split()[0] not in "ZX"

@@ -1,5 +1,5 @@
 """
-What every task is graded with: Hungarian matching and the losses of the paper's section 3.
+What every task is trained with: Hungarian matching and the losses of the paper's section 3.
 
 All of it runs in fp32, whatever the network runs in: a matching cost in half precision ties where
 there is no tie, and logs of small numbers vanish.
@@ -39,13 +39,13 @@ def pad_targets(tensors, value=0):
 def hungarian(cost, counts, repeats=1):
     """Best assignment of queries to objects, of every layer and image, from one transfer.
 
-    cost:    dict name -> weighted float tensor [L, B, Q, N]; their sum is minimised. Named, so that
-             FloatingPointError can blame a term that is not finite.
+    cost:    dict name -> weighted float tensor [L, B, Q, N]; their sum is minimised. If a term is
+             not finite, FloatingPointError gives its name.
     counts:  list of B ints, the real number of objects of each image (the rest of N is padding).
     repeats: queries an object gets: 1, or k for H-DETR's one-to-many branch.
     Returns int64 [M] each: layer, image, query, object. The optimum is scipy's (Jonker-Volgenant);
-    equal costs are decided somehow, but always the same way, which is how the identical queries of
-    a fresh head (e_i = 0, Eq. 3) come apart.
+    ties are broken arbitrarily but always in the same way, and so the identical queries of a fresh
+    head (e_i = 0, Eq. 3) become different.
     """
     for name, term in cost.items():
         real = torch.arange(term.shape[-1], device=term.device) < torch.tensor(
@@ -115,7 +115,7 @@ def detection_loss(class_logits, boxes, targets, num_objects, repeats=1):
     targets:      list of B dicts, labels int64 [N_b], boxes float [N_b, 4] in the same form.
     num_objects:  float, objects per process averaged over processes (>= 1), the normaliser.
     repeats:      queries matched to each object; the normaliser grows with it.
-    Returns dict of scalars: class, L1, giou (unweighted) and their total with the weights 2, 5, 2.
+    Returns dict of scalars: class, L1, giou (unweighted) and loss, their sum weighted 2, 5, 2.
     Finite without objects and for boxes of no area, and every query gets a gradient.
     """
     class_logits, boxes = class_logits.float(), boxes.float()
@@ -173,10 +173,10 @@ def mask_losses(logits, targets):
 
 @torch.no_grad()
 def uncertain_points(logits, scale, count, oversample=3, importance=0.75):
-    """Points where the mask is undecided, as PointRend: of `oversample` x count random points the
-    importance x count with the smallest |logit|, the rest uniform. [M, H, W] -> [M, count, 2].
+    """Sample points where the mask is undecided, as PointRend: importance x count points have the
+    smallest |logit| of oversample x count random ones, the rest are uniform.
 
-    scale: [M, 2] = (x, y) share of the canvas that the image covers; points stay inside.
+    logits [M, H, W]; scale [M, 2], from sampled_share -> points [M, count, 2] = (x, y) in 0..1.
     """
     m, keep = len(logits), int(importance * count)
     candidates = torch.rand(m, oversample * count, 2, device=logits.device) * scale[:, None]
@@ -195,8 +195,8 @@ def segmentation_loss(class_logits, mask_logits, targets, canvas, num_objects, p
     targets:      list of B dicts, labels int64 [N_b], masks bool [N_b, H_b, W_b] of the image.
     canvas:       (H, W) px of the padded canvas that mask_logits cover.
     num_objects:  float, objects per process averaged over processes (>= 1), the normaliser.
-    Returns dict of scalars: class, mask, dice (unweighted sums over layers) and their total with
-    the weights 2, 5, 5. Finite without objects, and every query gets a gradient; without images
+    Returns dict of scalars: class, mask, dice (unweighted sums over layers) and loss, their sum
+    weighted 2, 5, 5. Finite without objects, and every query gets a gradient; without images
     (B = 0) all are zero.
     """
     class_logits, mask_logits = class_logits.float(), mask_logits.float()
@@ -242,9 +242,9 @@ def segmentation_loss(class_logits, mask_logits, targets, canvas, num_objects, p
 def sampled_share(sizes, canvas, grid):
     """Share (x, y) of the canvas that an image's points are drawn from: float [B, 2].
 
-    sizes: B pairs (h, w) px; canvas: (H, W) px; grid: (h, w) tokens of the canvas. All of the
-    image, but for half a token at a border that other images of the batch extend beyond: there a
-    bilinear sample would mix in tokens that do not exist when the image is alone.
+    sizes: B pairs (h, w) px; canvas: (H, W) px; grid: (h, w) tokens of the canvas. The share covers
+    the image; only where the canvas goes on after the image's last unit, it ends half a token
+    earlier: a bilinear sample there would mix in tokens that do not exist if the image is alone.
     """
     sizes, canvas = torch.tensor(sizes).float(), torch.tensor(canvas)
     token = canvas / torch.tensor(grid)                                     # px
@@ -293,7 +293,7 @@ def pad_masks(masks, canvas):
 def silog_loss(prediction, target, eps=1e-3):
     """Scale-invariant loss 10 sqrt(var(g) + 0.15 mean(g)^2), g = log prediction - log target.
 
-    prediction, target: float, metres, of one shape, whatever it is; prediction > 0. Pixels count
+    prediction, target: float in metres, of any one shape; prediction > 0. Pixels count
     where target > 0. Eigen's loss as BTS and BinsFormer write it: var with 1 / n, logarithms of
     depth + eps, statistics over all valid pixels of the batch, not of each image. Without a valid
     pixel it is 0 with gradient 0.
@@ -304,7 +304,7 @@ def silog_loss(prediction, target, eps=1e-3):
     count = valid.sum().clamp(min=1)
     mean = g.sum() / count
     deviation = (g - mean) * valid / count.sqrt()
-    # as the length of a vector, whose slope is 0, not infinite, at a perfect prediction
+    # the root is computed as a vector norm: its gradient at a perfect prediction is 0, not NaN
     parts = torch.cat([deviation.flatten(), 0.15 ** 0.5 * mean[None]])
     return 10 * torch.linalg.vector_norm(parts)
 

@@ -1,15 +1,15 @@
 """
 Every number the paper reports, from numpy arrays in fp64: mIoU, depth errors, COCO average
-precision (boxes, masks, keypoints), panoptic quality. All four classes live the same way:
+precision (boxes, masks, keypoints), panoptic quality. All four classes are used the same way:
 
     metric.update(...)     # once per image, at the image's original size
     metric.merge(other)    # other = the same metric, filled by another process with other images
-    metric.result()        # dict of floats; all but depth errors are fractions in 0..1
+    metric.result()        # dict of scores 0..1 and counts; depth errors: see DepthErrors.result
 
 To the last bit, a result does not depend on how the images were shared among processes: counts
 add up exactly, `math.fsum` is exact in any order, score ties are broken by image id. Boxes are
-x1 y1 x2 y2 in pixels (COCO files hold x y w h). The rules are those of the official tools. What
-cannot be graded, as labels out of range, raises ValueError.
+x1 y1 x2 y2 in pixels (COCO files hold x y w h). The rules are those of the official tools. Input
+that cannot be graded, such as labels out of range, raises ValueError.
 D detections, G ground-truth objects, A area ranges, T overlap thresholds, R recall points,
 K categories, J joints, S segments, H W image size, P = H * W pixels.
 """
@@ -43,7 +43,7 @@ def same_shape(prediction, target):
 
 
 def mean(values, empty=math.nan):
-    """Mean over the values that are not nan, over what could be measured; `empty` if none could."""
+    """Mean of the values that are not nan; `empty` if all are nan."""
     values = values[~np.isnan(values)]
     return float(values.mean()) if values.size else empty
 
@@ -194,7 +194,7 @@ def interpolated_precision(hit, miss, positives):
 class AveragePrecision:
     """COCOeval for kind "box", "mask" or "keypoint"; categories are the ids that `labels` use,
     max_detections the limits per image and category, area_ranges {suffix: (low, high)}.
-    Only what became of each detection is kept, some 65 bytes a piece, never a box or a mask."""
+    It keeps only the outcome of each detection, about 65 bytes, and no box or mask."""
 
     def __init__(self, kind, categories, max_detections=None, area_ranges=None, sigmas=OKS_SIGMAS):
         require(kind in FIELDS, f"kind is {kind!r}, expected one of {', '.join(FIELDS)}")
@@ -208,10 +208,10 @@ class AveragePrecision:
         self.images = {}  # image id -> tuple of arrays
 
     def update(self, image_id, predictions, truths):
-        """predictions: dict of scores [D], labels [D], and boxes [D, 4] | masks [D, H, W] bool |
-        keypoints [D, J, 3]. truths: dict of labels [G], the same field (keypoints and boxes; masks
-        may be "layers" int [L, H, W], mask g where one of them is g + 1, which takes less memory),
-        and, if known, area [G] (COCO measures the outline, not the box), iscrowd [G] and ignore [G]
+        """predictions: dict of scores [D], labels [D] and, by kind, boxes [D, 4], masks [D, H, W]
+        bool or keypoints [D, J, 3]. truths: dict of labels [G], the same field (for keypoints also
+        boxes; to save memory, masks may be "layers" int [L, H, W], where g + 1 is mask g) and, if
+        known, area [G] (COCO measures the outline, not the box), iscrowd [G] and ignore [G]
         (neither right nor wrong). Predictions of unlisted categories are dropped."""
         # copies: views would keep alive all of the batch that they belong to
         labels, wanted = (np.array(x["labels"], int).reshape(-1) for x in (predictions, truths))
@@ -257,8 +257,8 @@ class AveragePrecision:
         self.images[image_id] = labels, scores, rank, outcome, wanted, ignored
 
     def _measure(self, entry, truths=False):
-        """Shapes, areas [N], boxes [N, 4]; joints without a box span one (as in COCO.loadRes). True
-        masks become layers."""
+        """-> shapes, areas [N], boxes [N, 4] or None for masks; joints without a box get the
+        one that they span, as in COCO.loadRes. Masks of the ground truth become layers."""
         count = len(entry["labels"])
         if truths and "layers" in entry:
             layers = np.asarray(entry["layers"])
@@ -285,7 +285,7 @@ class AveragePrecision:
     def result(self):
         """COCOeval.summarize: AP, AP50, AP75, APs, APm, APl and per_category {id: AP}; AR1, AR10,
         AR100 (keypoints: AR, AR50, AR75), ARs, ARm, ARl. -1 where there was nothing to find."""
-        require(self.images, "there is no average precision of no images")
+        require(self.images, "average precision needs at least one image")
         # one long list of detections and one of truths, images in the order of their ids
         labels, scores, rank, outcome, wanted, ignored = (
             np.concatenate(x, -1) for x in zip(*(self.images[i] for i in sorted(self.images))))
@@ -364,7 +364,7 @@ class PanopticQuality:
 
     def result(self):
         """PQ, SQ, RQ over all categories, the same with _things and _stuff, and per_category
-        {id: [PQ, SQ, RQ]}; nan where nothing was there to find and nothing was claimed."""
+        {id: [PQ, SQ, RQ]}; nan for a category with no true and no predicted segment."""
         (tp, fp, fn), total = self.counts.T, np.array([math.fsum(ious) for ious in self.ious])
         weight = np.maximum(tp + fp / 2 + fn / 2, 0.5)
         table = np.stack([total / weight, total / np.maximum(tp, 1), tp / weight], 1)  # [K, 3]

@@ -1,14 +1,14 @@
 """
-GLID: Swin + BiFPN + query decoder, pre-trained whole, and the linear heads of its tasks.
+GLID: Swin + BiFPN + query decoder, pre-trained as a whole, and the linear heads of its tasks.
 
-Every task is Eq. 1 of the paper, P = H(Dec(Q, Enc(x))): an image goes in, queries ask, one linear
-layer answers. Pre-training asks "which pixels are hidden at this place?", detection "which object
-are you?"; only the queries' offsets and the last linear layer differ between tasks.
+Every task is Eq. 1 of the paper, P = H(Dec(Q, Enc(x))): an image goes in, queries ask, a linear
+head answers. Pre-training asks "which pixels are hidden at this place?", detection asks "which
+object are you?"; only the queries and the linear head differ between tasks.
 
 Read top to bottom: Config, Swin, BiFPN, Decoder, GLID, heads; tokens.py says where tokens live.
 
 Letters in the shape comments
-    B  images in the batch        n  visible units (32x32 px) of the whole batch
+    B  images in the batch        n  visible units (8 x 8 patches) of the whole batch
     T  visible tokens of a stage, of the whole batch in one packed list (no batch axis)
     C  channels of a stage        D  width of BiFPN and decoder
     G  rows of window attention   S  slots in a row = window ** 2
@@ -90,13 +90,13 @@ class WindowAttention(nn.Module):
         bias = self.bias_table.index_select(0, self.bias_index).view(slots, slots, -1)
         bias = bias.permute(2, 0, 1)                                # [h, S, S]
         score = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)     # [G, h, S, S]
-        score.add_(bias)                                            # in place: never all in fp32
+        score.add_(bias)                                # in place: under autocast it stays bf16
         if windows.owner is not None:
             # windows that share a row do not see each other; empty slots may look at each other
             # (never read), so that no row of the softmax is empty
             alien = windows.owner[:, None, :, None] != windows.owner[:, None, None]
             score.add_(torch.where(alien, -math.inf, 0.0))          # [G, 1, S, S]
-        # in fp32 inside, but autocast shall not leave the result in it
+        # the kernel sums in fp32 anyway; without `dtype` autocast would also return fp32
         out = score.softmax(-1, dtype=v.dtype) @ v                  # [G, h, S, d]
         out = out.transpose(1, 2).reshape(-1, dim)                  # [G * S, C]
         return self.proj(Collect.apply(out, windows.place))
@@ -112,7 +112,7 @@ class SwinBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.drops = drop_path > 0
-        # a tensor: as a number, torch.compile would make a graph of each block's own rate
+        # a tensor: for plain numbers torch.compile would make one graph per rate
         self.register_buffer("drop_path", torch.tensor(drop_path), persistent=False)
 
     def _drop(self, x, windows):
@@ -186,10 +186,10 @@ def resize_bias_table(table, window):
 
 
 def swin_from_others(state, config):
-    """A Swin's state dict as torchvision, timm or the official repositories name it -> (ours, whose
-    names they were), any window size, any map size.
+    """A Swin's state dict from torchvision, timm or the official repositories -> (state dict with
+    our names, name of the source). The window may have any size: its bias table is resized.
 
-    The norms of stages 1-3 do not exist there (a classifier reads stage 4 only): left out.
+    The norms of stages 1-3 are missing, because a classifier reads stage 4 only.
     """
     # timm merges at the beginning of a stage, the official code at the end
     late = "layers.0.downsample.reduction.weight" in state
@@ -224,8 +224,8 @@ def swin_from_others(state, config):
 class Fusion(nn.Module):
     """One BiFPN node: weighted sum of 2-3 maps -> swish -> 3x3 separable convolution -> norm.
 
-    "Fast normalised fusion" of EfficientDet; LayerNorm per token instead of its BatchNorm, because
-    it works on packed tokens and has no batch statistics that differ between the two stages.
+    This is EfficientDet's "fast normalised fusion" with LayerNorm instead of BatchNorm: LayerNorm
+    works on packed tokens, and no batch statistics change from pre-training to fine-tuning.
     """
 
     def __init__(self, dim, inputs):
@@ -261,7 +261,7 @@ class BiFPN(nn.Module):
     """Maps [T, C] of 1/4..1/32 -> the same scales, [T, D], after a top-down and a bottom-up pass.
 
     Thanks to the bottom-up path the 1/4 map, which the decoder never reads, feeds the maps that it
-    does read, and so is pre-trained too. The paper says only "Bi-FPN"; one repeat.
+    does read, and so is pre-trained too. The paper says only "Bi-FPN"; we use one repeat.
     """
 
     def __init__(self, widths, dim):
@@ -306,8 +306,8 @@ class Attention(nn.Module):
 class DecoderLayer(nn.Module):
     """Cross- and self-attention, feed-forward, all pre-norm, residual: [B, Q, D] -> [B, Q, D].
 
-    The paper says "cross-attention and self-attention blocks", no norm, no width of the feed-
-    forward: pre-norm as in the authors' earlier MixMIM, 4 D as in all of its relatives.
+    The paper says "cross-attention and self-attention blocks" and names neither norm nor width of
+    the feed-forward. We use pre-norm, as the authors' earlier MixMIM does, and the usual 4 D.
     """
 
     def __init__(self, dim, heads):
@@ -324,7 +324,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Query decoder that reads 1/32, 1/16, 1/8 in turn. Owns [CLS], the seed of all queries."""
+    """Query decoder; its layers read 1/32, 1/16, 1/8 in turn. Owns [CLS], see Eq. 3."""
 
     def __init__(self, config):
         super().__init__()
@@ -338,8 +338,8 @@ class Decoder(nn.Module):
                 images=slice(None)):
         """queries [B, Q, D], maps from the BiFPN -> [L, B, Q, D], L = 1 unless every_layer.
 
-        self_mask: bool [Q, Q], True = may look. images: slice, those of the layout's images that
-        the queries ask about, B of them.
+        self_mask: bool [Q, Q], True = may look. images: a slice of the layout's images; the queries
+        ask about the B images in it.
         """
         keys = []
         for level, stage in enumerate((3, 2, 1)):
@@ -361,8 +361,8 @@ class Decoder(nn.Module):
 # GLID
 
 
-# What fills the units at the border of an image. Not 0, the mean: as long as the biases are zero, a
-# patch of zeros is a token of zeros, whose gradient every LayerNorm multiplies by 300
+# Value of padding pixels inside the units at the border. It is not 0 (the mean pixel): while biases
+# are zero, a patch of zeros gives a token of zeros, and LayerNorm multiplies its gradient by 300
 BLACK = -2.0
 
 
@@ -408,7 +408,7 @@ class GLID(nn.Module):
 
     def ask_maps(self, maps, layout, offsets, self_mask=None, every_layer=False,
                  images=slice(None)):
-        """The same with images encoded before, all or a slice of them -> x [L, B, M, D]."""
+        """Like ask, about encoded images, all or the slice `images` of them -> x [L, B, M, D]."""
         count = len(range(layout.batch)[images])
         queries = (self.decoder.cls + offsets).expand(count, -1, -1)                    # Eq. 3
         if count == 0:                          # nothing to ask, but the e_i stay in the graph
@@ -475,7 +475,7 @@ class Pretrainer(nn.Module):
         units in every image -> (prediction, target), float [B, N, 3 unit**2]."""
         b, cls = len(images), self.glid.decoder.cls
         maps = self.glid.encode(images, layout)
-        # [M] knows its place by the coordinates of the keys, added once, at the input
+        # the unit's position, in the coordinates of the keys, is added to [M] once, at the input
         queries = self.mask_token + layout.hidden_position(len(cls))        # [B * N, D]
         queries = torch.cat([cls.expand(b, 1, -1), queries.view(b, -1, len(cls))], 1)
         x = self.glid.decode(queries, maps, layout)[-1]                     # [B, 1 + N, D]
@@ -611,7 +611,7 @@ class PoseEstimator(nn.Module):
         """Person crops, normalised float [B, 3, H, W] -> heatmaps [B, J, H / 4, W / 4], raw."""
         x, maps = self.glid.ask(images, layout, self.offsets)
         map4 = layout.to_grid(maps[0], 0)                                   # [B, h, w, D]
-        # the paper does not say; without 1 / D one step of Adam would move a heatmap, which must
-        # lie in 0..1 and has no sigmoid to hold it, by lr * D ** 2. The linear layer absorbs it
+        # 1 / D is a guess of ours; the linear layer can undo it. Without it one step of Adam would
+        # move a heatmap by lr * D ** 2, and no sigmoid keeps a heatmap within 0..1
         embedded = self.embed(x[-1]) / x.shape[-1]                          # [B, J, D]
         return torch.einsum("bmd,bhwd->bmhw", embedded, map4)                           # Eq. 8

@@ -33,7 +33,7 @@ def share_rows(occupied):
     _, first, pattern_of, left = np.unique(code, return_index=True, return_inverse=True,
                                            return_counts=True)
     patterns = occupied[first]                              # [P, words]; left: windows of each
-    # Fullest first, and what occupies the slots that most windows want: they need the most rows
+    # Fullest first; slots that many windows want count most, because they need the most rows
     slots = np.unpackbits(np.ascontiguousarray(patterns).view(np.uint8), axis=1).astype(np.int64)
     wanted = left @ slots                                   # windows that occupy each slot
     order = np.argsort(-(slots @ wanted ** 2), kind="stable")
@@ -41,7 +41,7 @@ def share_rows(occupied):
     # Sets of patterns are bits of Python integers, bit i = the i-th fullest pattern
     patterns = patterns[order]
     fits = ((patterns[:, None] & patterns) == 0).all(-1)    # [P, P]
-    np.fill_diagonal(fits, False)                           # not even an empty window, with itself
+    np.fill_diagonal(fits, False)                           # an empty one would fit itself
     fits = [int.from_bytes(row.tobytes(), "little")
             for row in np.packbits(fits, axis=1, bitorder="little")]
     order, left = order.tolist(), left.tolist()
@@ -110,7 +110,7 @@ def enough(needed, budget):
     """Rows that a batch gets: the budget, or the first of its raised levels that is enough, so
     that few different numbers occur -> (rows, level).
 
-    A function of the batch alone: the same for whichever process asks, and after a resume.
+    It depends on the batch alone, so every process and a resumed run get the same answer.
     """
     for level in range(99):
         rows = [math.ceil(b * (1 + 0.05 * (2 ** level - 1))) for b in budget]

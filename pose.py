@@ -4,8 +4,8 @@ Between a person's box in a photo and the person's joints in the photo: top-down
     box -> view (centre, size, angle) -> affine map -> crop -> [network] -> heatmaps -> joints
 
 Two kinds of coordinates, both (x, y) in px, both float:
-    photo  as boxes: pixel i covers [i, i + 1), its centre is at i + 0.5. COCO's joints, which were
-           clicked, count pixels: centre at i (PIXEL is the difference)
+    photo  as in boxes: pixel i covers [i, i + 1), its centre is at i + 0.5. In COCO's joints the
+           centre of pixel i is at i instead (PIXEL is the difference)
     crop   the centre of pixel i is at i, and a length is counted in intervals (W - 1), not pixels:
            "unbiased data processing" (UDP, Huang et al. 2020). The box's left edge is the centre of
            the crop's first column, its right edge that of the last, and a heatmap's corner pixels
@@ -36,11 +36,11 @@ PIXEL = 0.5                         # photo coordinates = joint of an annotation
 UPPER = np.arange(17) < 11          # of COCO's joints those from the nose to the wrists
 
 # -----------------------------------------------------------------------------
-# What the names of the joints tell
+# Left and right in the names of joints
 
 
-# in a name the side may be a word, any left and right, the second or first of two letters (RL, LF:
-# rear left, left front), the first letter or the last; the surest first
+# where a name can hold its side, the surest first: a word; left or right anywhere; the second or
+# the first of two letters (RL, LF: rear left, left front); the first letter; the last letter
 SIDES = ("(?<![a-z])(left|right|lt|rt|lft|rgt|l|r)(?![a-z])", "left|right",
          "(?<=(?<![a-z])[a-z])[lr](?![a-z])", "(?<![a-z])[lr](?=[a-z](?![a-z]))",
          "^[lr]", "(?<=...)[lr]$")
@@ -48,10 +48,10 @@ SWAP = dict(left="right", right="left", lt="rt", rt="lt", lft="rgt", rgt="lft", 
 
 
 def flip_order(names, pairs=None, sides=SIDES):
-    """For each joint the number of the one it is called in a mirror; itself where there is none.
+    """For each joint the index of its mirror partner (left_eye: right_eye), or its own: list [J].
 
-    pairs: "a-b,c-d", names or numbers from 1, or "none", else InputError. Without them the names
-    tell: left and right anywhere in them, or l and r as a word (l_eye), before a capital or after
+    pairs: "a-b,c-d", names or numbers from 1, or "none", else InputError. Without pairs the names
+    decide: left and right anywhere in them, or l and r as a word (l_eye), before a capital or after
     a small letter (LEye, earL), as one of two letters (LF_paw), or first or last where the rest is
     the same.
     """
@@ -66,8 +66,8 @@ def flip_order(names, pairs=None, sides=SIDES):
             ends = [known.get(w.strip().lower()) for w in pair.split("-")]
             if len(ends) != 2 or None in ends or ends[0] == ends[1] or any(
                     order[i] != i for i in ends):
-                raise InputError(f"--flip-pairs {pair}: two joints of {', '.join(names)}, with a - "
-                                 "between them, or, if no name is one, numbers from 1; each once")
+                raise InputError(f"--flip-pairs {pair}: give two of {', '.join(names)}, each once, "
+                                 "as a-b; or numbers from 1, unless the names are numbers")
             order[ends[0]], order[ends[1]] = ends[1], ends[0]
         return order
     spelled = [re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", n) for n in names]
@@ -81,15 +81,16 @@ def flip_order(names, pairs=None, sides=SIDES):
 
 
 def require_sides(path, names, flip, keypoints):
-    """InputError for joints whose names tell no sides although the photos show some: two joints of
-    which the same one is on the left in nearly all objects would teach nonsense in a mirror. Where
-    the names of others tell sides, it is only told. keypoints: list of [P, J, 3]."""
+    """InputError if no joint's name has a side, but two joints keep their sides in the photos, so
+    that mirrored samples would be labelled wrongly: one is left of the other in over 70 % of the
+    objects, and more often than by chance (once in 2000 pairs). Only a note if other names have
+    sides. keypoints: list of [P, J, 3]."""
     every = np.concatenate(keypoints)                       # [P, J, 3]
     alone = [i for i, j in enumerate(flip) if i == j]
     for a, b in itertools.combinations(alone, 2):
         both = (every[:, [a, b], 2] > 0).all(1)
         left = np.sign(every[both, a, 0] - every[both, b, 0])
-        if len(left) >= 20 and abs(left.mean()) > 0.4:      # by chance once in 2000 pairs
+        if len(left) >= 20 and abs(left.mean()) > max(0.4, 3.5 / len(left) ** 0.5):
             found = (f"its joints ({', '.join(names[i] for i in alone[:8])}) name no left and "
                      f"right, but {names[a]} and {names[b]} keep their sides in the photos: "
                      "--flip-pairs 1-2,3-4 says which a mirror exchanges (or none, if none), "
@@ -109,8 +110,8 @@ def bones(names):
 
 
 def oks_sigmas(names):
-    """How exactly each joint can be clicked: what COCO measured for the joint of this name, or for
-    other names the mean of COCO's: float64 [J]."""
+    """Standard deviation of annotators' clicks on each joint, relative to the object's size: COCO's
+    for a joint of this name, else the mean of COCO's: float64 [J]."""
     known = dict(zip(KEYPOINTS, OKS_SIGMAS))
     return np.array([known.get(name, OKS_SIGMAS.mean()) for name in names])
 
@@ -129,7 +130,7 @@ def fit(centre, extent, height, width, padding=PADDING):
 
 
 def fit_box(box, height, width):
-    """Box x1 y1 x2 y2 -> view (centre, size) that holds it, x1.25."""
+    """Box x1 y1 x2 y2 -> view (centre, size) around it, PADDING times as large."""
     box = np.asarray(box, np.float64)
     return fit((box[:2] + box[2:]) / 2, box[2:] - box[:2], height, width)
 
@@ -161,10 +162,10 @@ def warp(image, matrix, height, width):
     """uint8 [3, H0, W0] -> crop uint8 [3, H, W], black outside the photo, bilinear.
 
     A person larger than the crop is first shrunk by a whole factor with a box filter (PIL's
-    reduce); what remains, less than 2, is bilinear's. Without it, fine texture would alias.
+    reduce), because fine texture would alias; bilinear sampling does the rest, below 2.
     """
     back = inverse(matrix)
-    # photo px per crop px; the epsilon keeps an exact 2 a 2
+    # photo px per crop px; without the epsilon, rounding could turn an exact 2 into 1
     factor = max(1, int(np.linalg.norm(back[:, :2], axis=0).min() + 1e-6))
     # what the crop shows of the photo, in whole blocks and with room for their neighbours
     corners = move(back, np.array([[0, 0], [width, 0], [0, height], [width, height]]))
@@ -206,9 +207,9 @@ def random_view(box, keypoints, height, width, zoom=0.5, rotation=40.0, upper=UP
     """ViTPose's augmentation -> centre, size, degrees, mirrored. Random numbers are torch's.
 
     box x1 y1 x2 y2; keypoints [J, 3] photo px and visibility. Shift by up to 0.2 of the box (p
-    0.3), close-up of half of the body (p 0.3; upper: bool [J], or None if what has these joints
-    has no halves), scale N(1, zoom) cut at one standard deviation, angle N(0, rotation degrees) cut
-    at two (p 0.6), mirror (p 0.5).
+    0.3), close-up of the upper or lower half (p 0.3; upper: bool [J], or None for joints without
+    such halves), scale N(1, zoom) clipped at one standard deviation, angle N(0, rotation degrees)
+    clipped at two (p 0.6), mirror (p 0.5).
     """
     shifts, halves, half, turns, mirrored, *shift = torch.rand(7).tolist()
     scale, angle = torch.randn(2).tolist()
@@ -244,7 +245,7 @@ def heatmap_targets(joints, labelled, crop, size, sigma=2.0):
 
     joints [B, J, 2] crop px; labelled [B, J]; crop (H, W); size (h, w) of the map; sigma in
     heatmap px. Centres are not rounded. Returns maps [B, J, h, w] and weights [B, J], 0 for a joint
-    that has no label or lies outside the map: there is no peak that could be asked for.
+    that has no label or lies outside the map, because there is no peak to learn.
     ViTPose cuts the tails beyond 3 sigma (below 0.011); here they stay.
     """
     (h, w), device = size, joints.device
@@ -264,8 +265,8 @@ def flip_average(maps, mirrored, flip=FLIP):
 
 def blurred(maps, sigma):
     """Gaussian blur [N, h, w] -> [N, h + 2, w + 2], one pixel more on each side, so that a peak on
-    the border has neighbours. As wide as the targets, as MMPose's: 11 px for their sigma of 2, 17
-    for 3; of a kernel's width OpenCV says the sigma.
+    the border has neighbours. The kernel fits the targets' sigma as in MMPose: 11 px wide for 2, 17
+    for 3. Its own sigma follows from its width by OpenCV's formula.
 
     Outside, the map is zero. MMPose reflects it there, which moves a joint 1 to 3 px from a border
     outwards by up to 1.5 px; zeros move it inwards, by 0.3 px at a distance of 1.5, 0.1 at 2.5.
@@ -280,8 +281,8 @@ def blurred(maps, sigma):
 
 
 def decode(maps, crop, sigma=2.0):
-    """Heatmaps [B, J, h, w] -> joints [B, J, 2] in crop px (H, W) and scores [B, J]; sigma: that of
-    the targets, heatmap px.
+    """Heatmaps [B, J, h, w] -> joints [B, J, 2] (x, y) in crop px, scores [B, J]; crop: (H, W);
+    sigma: that of the targets, heatmap px.
 
     DARK (Zhang et al. 2020) with UDP: the logarithm of a Gaussian is a parabola, so one Newton step
     from the highest pixel of the blurred map's logarithm finds its top exactly. The step is at most
@@ -356,7 +357,7 @@ def read_boxes(path, ids, kinds):
     """A detector's answers, COCO's results format -> per image of `ids` boxes xyxy [P, 4], scores.
 
     JSON: a list of {"image_id", "category_id", "bbox": [x, y, w, h], "score"}. Other categories
-    than `kinds` and other images are left out; an entry without sense raises InputError.
+    than `kinds` and other images are left out; an invalid entry raises InputError.
     """
     try:
         entries = json.loads(Path(path).read_bytes())
@@ -389,18 +390,18 @@ class Pose:
 
     Training: (epoch, person) -> dict for collate(): image uint8 [3, H, W], joints float [J, 2]
     in crop px (see above), labelled bool [J]. Persons that are no crowd and have a joint.
-    Test: (epoch, photo) -> dict of all its persons, so that doubles can be told: images uint8
+    Test: (epoch, photo) -> dict of all its persons, so that NMS can find doubles: images uint8
     [P, 3, H, W], back [P, 2, 3] from crop to the photo's pixels as annotations count them, area [P]
     of the views, scores [P] of the boxes, truth for AveragePrecision, id, index. The boxes are the
-    true ones, score 1, or `boxes`, from read_boxes. ViTPose tests with a detector's: with true ones
-    AP is higher.
+    ground truth with score 1, or `boxes` from read_boxes. ViTPose tests with a detector's boxes; AP
+    is higher with the ground truth's.
     """
 
     def __init__(self, source, train, size, seed, augment=(0.5, 40.0), boxes=None, pairs=None,
                  flip=True):
         self.source, self.train, self.size, self.seed = source, train, size, seed
         self.augment = augment                  # (zoom, rotation) of random_view, or None
-        self.joints = source.joints             # their names, which tell the next four
+        self.joints = source.joints             # their names decide the next lines
         self.flip, self.sigmas = flip_order(self.joints, pairs), oks_sigmas(self.joints)
         self.mirrors = flip
         self.bones = bones(self.joints)

@@ -48,7 +48,7 @@ from model import Config, DepthEstimator, Detector, PoseEstimator, Pretrainer, S
 SCRIPTS = {"mask_ratio": ("pretraining", pretrain), "many_queries": ("detection", finetune_det),
            "tasks": ("segmentation", finetune_seg), "max_depth": ("depth", finetune_depth),
            "sigma": ("pose", finetune_pose)}
-THRESHOLD = 0.3                         # objects and persons less sure are not drawn
+THRESHOLD = 0.3                         # objects and persons of lower score are not drawn
 LONGEST = 2048                          # px: larger photos are shrunk before depth looks at them
 
 
@@ -56,8 +56,8 @@ def load(path, device="auto", detector=None, threshold=THRESHOLD, longest=LONGES
     """A checkpoint of ours, ready to be asked about photos: Model.
 
     device: "auto" (CUDA if there is any), "cpu", "cuda", "mps"; detector: for pose, a detection
-    checkpoint that finds the persons, those at least `threshold` sure; longest: for depth, which
-    sees whole photos, px to which a longer side is shrunk. Raises InputError with one line.
+    checkpoint that finds the persons, with scores of `threshold` or more; longest: for depth, px
+    to which the longer side of larger photos is shrunk. Raises InputError with one line.
     """
     return Model(path, device, detector, threshold, longest)
 
@@ -65,7 +65,7 @@ def load(path, device="auto", detector=None, threshold=THRESHOLD, longest=LONGES
 class Model:
     """A network and what its checkpoint says about it.
 
-    task: "pretraining", "detection", "segmentation", "depth" or "pose"; classes: their names;
+    task: "pretraining", "detection", "segmentation", "depth" or "pose"; classes: names by label;
     category_ids: what the data set's files call them; things: number of classes that are things;
     joints: their names; args: the flags of training; network: the torch module.
     """
@@ -106,9 +106,9 @@ class Model:
         """Let a detection checkpoint find the persons; InputError if it cannot."""
         self.detector = load(path, device)
         if self.task != "pose" or self.detector.task != "detection":
-            raise InputError(f"--detector {path}: finds persons for a pose checkpoint, by a "
-                             f"detection checkpoint; these are {self.task} and "
-                             f"{self.detector.task}")
+            raise InputError(f"--detector {path}: must be a detection checkpoint, and the first "
+                             f"one a pose checkpoint; they are for {self.detector.task} and "
+                             f"{self.task}")
         kinds = {str(k).lower() for k in self.kinds}
         names = [str(n).lower() for n in self.detector.classes]
         self.persons = torch.tensor([k for k, name in enumerate(names) if name in kinds])
@@ -121,11 +121,11 @@ class Model:
 
         A photo is a path, a PIL image, uint8 [H, W, 3] or [H, W] numpy, or uint8 [3, H, W] torch.
         boxes: for pose, the persons, [P, 4] x1 y1 x2 y2 in the photo's pixels, or a list of such.
-        An answer is a dict of CPU tensors in the photo's pixels (docs/predict.md): boxes [D, 4],
-        scores [D], labels [D]; masks bool [D, H, W]; semantic uint8 [H, W]; panoptic int32 [H, W]
-        and segments int64 [S, 2] = id, label; depth float [H, W] metres; keypoints [P, J, 3] = x,
-        y, score; names: list of str, of the objects, segments or joints.
-        Raises InputError if a photo cannot be read.
+        An answer is a dict of CPU tensors in the photo's pixels (docs/predict.md): boxes [D, 4] x1
+        y1 x2 y2, scores [D], labels [D]; masks bool [D, H, W]; semantic uint8 [H, W]; panoptic
+        int32 [H, W], segments int64 [S, 2] = id, label and segment_names; depth float [H, W]
+        metres; keypoints [P, J, 3] = x, y, score; names: list of str, of the objects or joints.
+        Pre-training: four uint8 images [3, S, S]. Raises InputError if a photo cannot be read.
         """
         if not isinstance(photos, list | tuple):
             return self([photos], None if boxes is None else [boxes])[0]
@@ -137,7 +137,7 @@ class Model:
 
     @torch.no_grad()
     def ask(self, photos, boxes):
-        """uint8 photos [3, H, W] of any sizes, side by side -> their answers, see __call__."""
+        """uint8 photos [3, H, W] of any sizes, as one batch -> their answers, see __call__."""
         if self.task == "pose":
             return [self.joints_of(*pair) for pair in zip(photos, boxes)]
         images, layout = self.inputs(photos)
@@ -255,12 +255,12 @@ def flags():
     add("--boxes", help="pose: the persons, COCO's results format (JSON)")
     add("--detector", help="pose: a detection checkpoint that finds the persons")
     add("--threshold", type=training.number(float, 0, 1), default=THRESHOLD,
-        help="objects and persons less sure are not drawn; --detector: not asked about")
+        help="lowest score that is drawn; with --detector, lowest score of a person's box")
     add("--attention", action="store_true", help="also draw where queries look (Figure 4)")
     add("--queries", type=lambda text: [training.COUNT(n) for n in text.split(",")],
-        help="--attention: their numbers, as 3,17 (default: the surest)")
-    add("--longest", type=training.PIXELS, default=LONGEST, help="depth: longer photos are shrunk "
-        "to this, px")
+        help="with --attention: numbers of queries, e.g. 3,17 (default: the surest)")
+    add("--longest", type=training.PIXELS, default=LONGEST, help="depth: larger photos are shrunk "
+        "to this longer side, px")
     add("--batch-size", type=training.POSITIVE, help="photos at a time (default: 8 on a GPU)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     return parser
@@ -345,7 +345,7 @@ def main(args):
     for name, rows in results.items():
         content = {"annotations": rows} if name == "panoptic" else rows
         resultfiles.write_json(content, out / f"{name}.json")
-    bare = f"; in {unsure} nothing is as sure as --threshold {args.threshold}" * bool(unsure)
+    bare = f"; in {unsure} no score reaches --threshold {args.threshold}" * bool(unsure)
     print(f"{len(todo) - len(broken)} of {len(todo)} photos answered; {out}{bare}")
     if broken:
         raise InputError(f"{len(broken)} of {len(todo)} photos could not be read; {broken[0]}")

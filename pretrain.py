@@ -1,7 +1,7 @@
 """
 Stage 1: pre-train GLID as a whole by masked image modelling (section 3.1 of the paper).
 
-On a laptop, nothing to download, minutes:
+On a laptop, in minutes, with nothing to download:
     python pretrain.py --preset tiny --out out/tiny
 On your own photos (a folder, nested or flat; train/ and val/ inside are respected):
     python pretrain.py --preset tiny --data photos/ --out out/mine
@@ -32,7 +32,7 @@ from model import Pretrainer, normalize, pixel_statistics, split_units
 from survey import survey
 
 PRESETS = {
-    # two CPU cores, about six minutes; raw pixels are the paper's text, normalised ones learn more
+    # two CPU cores, about six minutes; norm_pix learned more here than the paper's raw pixels
     "tiny": dict(data="toyworld", epochs=11, warmup_epochs=1, batch_size=32, lr=2e-3,
                  norm_pix=True, workers=1),
     "small": dict(batch_size=512),
@@ -61,8 +61,8 @@ def flags():
 
 
 class Objective(torch.nn.Module):
-    """From normalised images [B, 3, S, S] and their Layout to the loss of Eq. 2, a scalar: what a
-    step computes, as one graph if it is compiled."""
+    """Normalised images [B, 3, S, S] and their Layout -> the loss of Eq. 2, a scalar. This is what
+    --compile turns into one graph."""
 
     def __init__(self, model):
         super().__init__()
@@ -95,9 +95,9 @@ def fill(model, images, layout):
     """uint8 images [B, 3, S, S] and their layout, both on the model's device -> uint8 [B, 3, S, S]
     each: input, what the encoder saw, reconstruction, and what that borrowed from the input.
 
-    With --norm-pix the network predicts contrast and form only; the mean and spread of a hidden
-    unit, needed to show it, are then borrowed from the input. The fourth image shows them alone, as
-    stripes of mean - spread and mean + spread; without --norm-pix it is what the encoder saw.
+    With --norm-pix the network predicts normalised pixels, so the mean and spread (standard
+    deviation) of each hidden unit are borrowed from the input. The fourth image shows only these,
+    as stripes of mean - spread and mean + spread; without --norm-pix it equals the second.
     """
     pixels, unit = normalize(images), model.glid.config.unit
     prediction = model(pixels, layout)[0].float()                           # [B, N, 3 unit**2]
@@ -171,7 +171,7 @@ def main(args):
     objective = Objective(model)
     training.compile_whole(objective, args, run)
     ddp, pixels = run.wrap(objective), 3 * config.unit ** 2
-    # kept from step to step: the memory that a CUDA graph gives to a gradient serves one pass only
+    # gradients get memory that lasts: a CUDA graph overwrites its own memory in the next pass
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     # with a budget for the rows of attention all batches have the same shapes
@@ -185,8 +185,8 @@ def main(args):
             with bar.evaluation():
                 best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
         while step < steps:
-            # What is random in a step is a function of (seed, step, rank): drop path. So a
-            # resumed run repeats it, and the samples are chosen in the same way.
+            # The random numbers of a step (drop path) depend only on (seed, step, rank), so a
+            # resumed run repeats them. The samples of a step depend only on (seed, step).
             torch.manual_seed(derive_seed(args.seed, step, run.rank))
 
             # The learning rate is a function of the step: a linear warm-up, then a cosine to 0.
@@ -200,12 +200,12 @@ def main(args):
                 if layout.level > level:            # a rare batch: its shapes are larger
                     level = layout.level
                     print(f"\nstep {step}: these masks need more rows of attention than budgeted; "
-                          f"raised, level {level}", file=sys.stderr, flush=True)
+                          f"the budget rises to level {level}", file=sys.stderr, flush=True)
                 with run.no_sync(ddp, last=micro + 1 == args.accumulate):
                     with run.autocast():
                         loss = ddp(images, layout) / args.accumulate
                     loss.backward()
-                bar.add(loss / pixels)              # of the mean squared error of a pixel
+                bar.add(loss / pixels)              # its share of the step's error
 
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)

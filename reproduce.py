@@ -1,6 +1,6 @@
 """
-The tables and curves of the paper, each as one command; raw figures, a Markdown table and pictures
-go to results/.
+The tables and curves of the paper, each as one command, which writes raw numbers, a Markdown table
+and pictures to results/.
 
     python reproduce.py table4 --preset tiny --seeds 4 --jobs 2       # drawn photos, two CPU cores
     python reproduce.py figure5 --preset tiny --seeds 4 --tasks depth # the same runs, as curves
@@ -11,8 +11,8 @@ TABLE is table3 (several tasks in one network), table4 (parts of the pre-trained
 (attention maps) or figure5 (table4's runs as curves). DATA holds imagenet/, ADEChallengeData2016/,
 coco/ and nyu/ in their official formats; each run is one process on one GPU with the paper's batch.
 
-Tables share what they have in common: a run is made once, below --out, and results are written
-after each. Ctrl-C saves all runs; the same command goes on. Fine-tuning seed s starts from
+Tables share runs: each run is made once, in a folder below --out, and the results are written after
+each run. Ctrl-C saves all runs; the same command continues. Fine-tuning seed s starts from
 pre-training seed s mod 3, so that two rows with the same seeds are pairs, and a row's difference to
 the row above has an error of its own.
 """
@@ -102,7 +102,7 @@ class Row(NamedTuple):
     """A row of a table."""
     label: str
     load: str = "backbone,bifpn,decoder"    # of the pre-trained model; None: from scratch
-    pretraining: dict = {}                  # flags that differ; of the epochs, a share
+    pretraining: dict = {}                  # flags that differ; epochs: a factor
     finetuning: dict = {}
     tasks: tuple = None                     # trained together, see Table 3; None: each alone
     paper: tuple = ()                       # what the paper reports, in the order of `columns`
@@ -125,7 +125,7 @@ TABLES = {
         Row(label, pretraining=flags, finetuning=flags, paper=paper) for label, flags, paper in (
             ("3 layers", {"decoder-layers": 3}, (50.7, 0.302)), ("6 layers", {}, (52.7, 0.293)),
             ("9 layers", {"decoder-layers": 9}, (52.7, 0.292))))),
-    # our text of the paper has lost the figures of 900 epochs, and the names of two masks
+    # our copy of the paper lacks the numbers of 900 epochs and the names of two masks
     "table6": (("semantic", "depth"), (PARTS[0], *(
         Row(label, pretraining=flags, paper=paper) for label, flags, paper in (
             ("half of the epochs", {"epochs": 0.5}, (51.5, 0.314)), ("all", {}, (52.7, 0.293)),
@@ -153,8 +153,8 @@ Fit = namedtuple("Fit", "script out argv")      # one run of a script
 
 
 def words(args, kind, changes):
-    """The flags of a run of `kind`, "pretrain" or a task: of the later ones that repeat earlier
-    ones, argparse takes the later."""
+    """The flags of a run of `kind`, "pretrain" or a task. Where a flag occurs twice, argparse takes
+    the later one."""
     recipe = RECIPES[args.preset]
     line = [*recipe["all"].split(), *recipe[kind].split()]
     if args.data:
@@ -194,8 +194,8 @@ def finetuning(args, row, task, seed):
 
 
 def do(fit, commit):
-    """Make a run, or go on with it, if it is not there already; returns what run.json then holds.
-    What the script prints goes to OUT/output.txt. Stopped, InputError, FloatingPointError."""
+    """Start or continue a run unless it is finished; returns the content of its run.json. Output of
+    the script goes to OUT/output.txt. Raises Stopped, InputError, FloatingPointError."""
     out, found = Path(fit.out), recorded(fit)
     if "evaluations" in found:
         return found
@@ -232,7 +232,7 @@ def stop(number, _):
 
 
 def recorded(fit):
-    """What OUT/run.json holds: {} if there is none, no "evaluations" before the run's end."""
+    """Content of OUT/run.json, {} if it is missing; it has "evaluations" once the run is over."""
     path = Path(fit.out, "run.json")
     content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if content and content["flags"] != list(fit.argv):
@@ -267,13 +267,13 @@ def commit():
 
 
 def prepare(jobs):
-    """A worker's share of the machine, its cores and one GPU; and its end at SIGTERM."""
+    """Give a worker its share of the cores and one GPU, and let SIGTERM end it."""
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     number = int(re.search(r"\d+$", current_process().name)[0])             # 1, 2, ...
     gpu = number % (torch.cuda.device_count() or 1)
     os.environ.update(LOCAL_RANK=str(gpu), LOCAL_WORLD_SIZE=str(jobs))      # as torchrun does
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    set_start_method(None, force=True)          # of data processes: the default, not our own spawn
+    set_start_method(None, force=True)          # data processes start by the default method
 
 
 def at_once(fits, version, jobs):
@@ -329,7 +329,7 @@ def spread(values, factor, decimals, sign=""):
 
 
 def difference(pairs, factor, decimals):
-    """{seed: difference} as printed, its mean for each of several pre-trainings in brackets."""
+    """pairs {seed: difference} -> text: mean ± error (and the mean for each pre-training)."""
     by_start = defaultdict(list)
     for seed, value in sorted(pairs.items()):
         by_start[seed % PRETRAININGS].append(factor * value)
@@ -339,8 +339,8 @@ def difference(pairs, factor, decimals):
 
 
 def markdown(args, found):
-    """The table of what `report` found: in Figure 5 of each evaluation, else of the last one, which
-    is the end of the schedule, and of the mean of all."""
+    """What `report` found as Markdown tables, one per task. Columns: for Figure 5 each evaluation,
+    else the last one (the end of the schedule) and the mean of all."""
     columns, rows = TABLES[args.table]
     lines = [f"# {args.table}, preset {args.preset}", "", "Mean ± standard error over the seeds. A "
              "difference is to the row above, over the seeds that both have; in brackets its mean "
@@ -377,7 +377,8 @@ def markdown(args, found):
 
 
 def convergence(found):
-    """Figure 5: the mean over the seeds at each evaluation, a panel for each task: PIL image."""
+    """Figure 5: the mean over the seeds at each evaluation, a panel for each task: PIL image,
+    None without runs."""
     labels, panels = [row.label for row in PARTS], []
     for task in dict.fromkeys(task for _, task in found):
         metric = TASKS[task][2]
@@ -409,7 +410,7 @@ def attention_maps(args):
 
 
 def report(args):
-    """Write what is there, of all tasks and seeds: results/TABLE-PRESET.json and .md. Returns the
+    """Write all finished runs of a table to results/TABLE-PRESET.json and .md. Returns the
     Markdown, {(label of a row, task): {seed: what run.json holds}} and the path without suffix."""
     columns, rows = TABLES[args.table]
     found, raw, starts = defaultdict(dict), [], {}
@@ -470,7 +471,7 @@ def flags():
     add("--jobs", type=training.POSITIVE, default=1, help="runs at a time: one a GPU, or a core")
     add("--data", help="folder of the official data sets; without it all but base draw photos")
     add("--out", default="out/reproduce", help="folder of the runs")
-    add("--results", default="results", help="folder of the figures")
+    add("--results", default="results", help="folder of the results")
     return parser
 
 

@@ -1,7 +1,7 @@
 """
-What a data set will teach, told before anything is trained: a class that covers no pixel, objects
-that a rule leaves out, a photo in both parts. What is certainly wrong is refused where it is read;
-what may be meant so is shown here, to somebody who knows what is in the files.
+What a data set will teach, reported before training: a class that covers no pixel, objects that a
+rule leaves out, a photo in both parts. What is certainly wrong is an error where it is read; what
+may be intended is only reported here, because the user knows the files and can decide.
 """
 import contextlib
 import sys
@@ -12,11 +12,11 @@ import numpy as np
 from formats.files import IGNORE, InputError, left_out, opened, shows
 from pose import SIDES, flip_order
 
-LOOKED_AT = 200                         # label maps of a part whose pixels are counted
+LOOKED_AT = 200                         # label maps of each part to count pixels in, at most
 
 
 def survey(args, train, val, run):
-    """Print it, on one process; with --check the program ends here, with exit code 0."""
+    """Print the report on rank 0; with --check the program ends here, with exit code 0."""
     if run.rank == 0:
         for line in lines(args, train, val):
             print(line, flush=True)
@@ -49,7 +49,7 @@ def some(words, most=24):
 
 
 def shares(names, counts, total):
-    """Of classes, those that occur with their share, then those that do not."""
+    """The classes that occur, with their share of `total`, then those that do not: str."""
     share = [f"{name} {n / total:.1%}" for name, n in zip(names, counts) if n]
     missing = [name for name, n in zip(names, counts) if not n]
     return some(share, 12) + f"; none of {some(missing, 8)}" * bool(missing)
@@ -69,7 +69,7 @@ def names(train):
 
 
 def objects(part, source):
-    """Of boxes, masks or joints: how many of what, and how many a rule leaves out."""
+    """Lines on boxes, masks or joints: how many of each class, and how many a rule leaves out."""
     every = [r["labels"] for r in source.records]
     kinds = ["with joints"] if source.joints else source.classes
     classes = np.concatenate([x["classes"] for x in every])
@@ -84,9 +84,9 @@ def objects(part, source):
              + "; left out: " * bool(told) + ", ".join(told)]
     crowd = np.concatenate([x["iscrowd"] for x in every])
     if crowd.mean() > 0.1:
-        found.append(f"note: {crowd.mean():.0%} of the {part} objects are crowds, which teach "
-                     "nothing and are graded nothing; some tools write iscrowd 1 for whatever is "
-                     "painted: if it is that, set it to 0 in the JSON")
+        found.append(f"note: {crowd.mean():.0%} of the {part} objects are crowds, which are "
+                     "neither learned nor graded; some tools write iscrowd 1 for all that is "
+                     "painted: if yours does, set it to 0 in the JSON")
     return found
 
 
@@ -120,8 +120,8 @@ def pixels(part, source, args):
 
 
 def depths(source):
-    """Whether photos of 16 bits use them, or 10 to 14 of them, as many cameras do: those would be
-    read as nearly black. Looks at a few photos."""
+    """A note if 16-bit photos use only their 9 to 14 lower bits, as many cameras write them: they
+    would be read as nearly black. Looks at 20 photos at most."""
     paths = getattr(source, "files", None) or [r["photo"] for r in getattr(source, "records", ())]
     largest = []
     for path in paths[::-(-len(paths) // 20)] if paths else ():
@@ -141,10 +141,10 @@ def twice(train, val):
     for part, own in zip(("training", "validation"), paths):
         if many := sum(n > 1 for n in Counter(own).values()):
             found.append(f"note: {many} {part} photos are listed more than once, each time with "
-                         "some of the objects: what one entry lacks it teaches to be absent")
+                         "some of the objects: an entry teaches that the others' are absent")
     if train is not val and (both := set(paths[0]) & set(paths[1])):
-        found.append(f"note: {len(both)} photos are in both parts, as {min(both)}: the validation "
-                     "is too good to be true")
+        found.append(f"note: {len(both)} photos are in both parts, e.g. {min(both)}: validation "
+                     "metrics will be too high")
     return found
 
 

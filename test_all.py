@@ -2677,6 +2677,12 @@ def test_sides_in_names():
                          (ANIMAL, "1-9"), (ANIMAL, "1-2,2-3"), (digits, "1-5")):
         with raises(InputError, f"--flip-pairs {wrong.split(',')[-1]}"):
             pose.flip_order(names, wrong)
+    for most, count in ((3, 20), (17, 60), (30, 100)):     # by chance once in 400, 900, 13000
+        for right in (most, most - 1):                      # one less is a side
+            joints = np.array([[[i < right, 0, 2], [i >= right, 0, 2]] for i in range(count)])
+            with raises(InputError, "keep their sides") if right < most else \
+                    contextlib.nullcontext():
+                pose.require_sides("d", ["a", "b"], [0, 1], [joints])
 
 
 def test_own_joints():

@@ -1,9 +1,9 @@
 """
-How fast is pre-training where it is done? The parts "plan", "loading" and "card" of bench.py.
+What decides the speed of pre-training: the parts "plan", "loading" and "card" of bench.py.
 
-What decides: how long a batch is planned and how tight its rows are, whether all batches are one
-graph, what one core loads, and on a CUDA card the share of its peak. The peak is measured in the
-same run by a large matrix product in bf16, since what a card can do depends on its cooling.
+They measure the time to plan a batch, how full its rows are, whether all batches share one graph,
+how many photos one core loads, and on a CUDA card the share of its peak. The peak is measured in
+the same run by a large bf16 matrix product, because it depends on the card's cooling.
 """
 import argparse
 import contextlib
@@ -56,8 +56,8 @@ def packed_batches(config, batch, count):
 
 
 def planning(config, batch, count=8):
-    """Milliseconds of one core to plan an image, rows needed and budgeted over perfect ones by
-    stage (plain, shifted), tensors and bytes of a batch's layout."""
+    """Milliseconds of one core to plan an image; rows needed, and rows budgeted, over the number of
+    full rows, for each plan (stage; plain, shifted); tensors and bytes of a batch's layout."""
     masks, seconds, needed = masks_of(config, batch, count), [], []
     sizes = torch.tensor([[config.image_size] * 2] * batch)
     budget = row_budget(config, masks)
@@ -78,7 +78,7 @@ def planning(config, batch, count=8):
 
 
 def graphs(config, batch=8):
-    """Graphs that 8 batches of different masks need: 1, or every further one is a recompilation."""
+    """Graphs for 8 batches of different masks: 1 is ideal, every further one is a recompilation."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     objective = Objective(Pretrainer(config))
@@ -186,7 +186,7 @@ def pretraining_on_card(config, state, batch, rounds, peak):
 
 
 def finetuning_on_card(config, state, rounds, peak, shrink=1):
-    """The four networks at the paper's sizes, over shrink, forward + backward -> images/s."""
+    """Forward + backward of the four networks, the paper's sizes divided by shrink -> images/s."""
     everything, result = {"semantic": slice(None)}, {}
     for name, shape, net, call in (
             ("detection", (2, 800, 1216), Detector(

@@ -44,9 +44,9 @@ class Layout:
 
         sizes   int32 [B, 2]    height and width of each image in px
         units   int32 [n, 3]    image, row, column of the visible units
-        hidden  int32 [N, 3]    of the hidden units, N those of all images
-        rows    int32 [n, sum]  rows of attention of the k * k windows that a unit touches, of every
-                                stage, first of plain and then of shifted windows
+        hidden  int32 [N, 3]    image, row, column of the hidden units of all images
+        rows    int32 [n, sum]  row of attention of each of the k * k windows that a unit touches;
+                                the columns are ordered by stage, plain before shifted windows
 
     sizes:  int64 [B, 2], images lie at the top left of the batch canvas.
     hidden: bool [B, Uh, Uw], units the network must not see; None = nothing is hidden. ValueError
@@ -70,8 +70,8 @@ class Layout:
         self._plan(extent.numpy(), budget)
 
     def _plan(self, extent, budget):
-        """Sets self.rows and, of each plan (stage, shifted), first column of it, G and whether a
-        row may hold slots that must not see each other; the rows needed, and the budget's level."""
+        """Set self.rows; self.plans {(stage, shifted): (first column in rows, G, whether a row may
+        hold slots that must not see each other)}; self.needed, rows of each plan; self.level."""
         window, units = self.config.window, self.units.numpy().astype(np.int64)
         columns, found, self.plans = [], {}, {}
         for stage, shifted in self.kinds(self.config):
@@ -123,7 +123,7 @@ class Layout:
         image, yx = self.coords(stage)
         yx = yx + w - shifts(extent, w, shifted, torch.where)[image[:, 0], None]
         window = yx // w                                            # [n, side * side, 2]
-        # the unit's first token is its smallest, so this counts the windows that the unit touches
+        # the unit's first token lies in its first window, from which its windows are numbered
         near, k = window - window[:, :1], touched(side, w)
         near = near[..., 0] * k + near[..., 1]                      # [n, side * side]
         row = self.rows[:, first:first + k * k].long().gather(1, near)
@@ -155,7 +155,7 @@ class Layout:
         return sine_position(yx, dim).view(-1, dim)
 
     def hidden_position(self, dim):
-        """The same of the hidden units: their centre in the coordinates of the keys."""
+        """Sine position of each hidden unit's centre, in the coordinates of the keys: [N, dim]."""
         image, yx = self.hidden[:, 0].long(), self.hidden[:, 1:]
         return sine_position((yx + 0.5) * self.config.unit / self.sizes[image], dim)
 
@@ -174,7 +174,7 @@ class Layout:
 
 
 def row_budget(config, batches):
-    """Rows of attention, an int a plan, for nearly every batch like these: hidden [B, U, U]."""
+    """A budget for Layout, one int per plan, that nearly every batch like these `hidden` fits."""
     sizes = torch.tensor([[config.image_size] * 2])
     needed = np.array([Layout(config, sizes.expand(len(h), 2), h).needed for h in batches])
     return np.ceil(needed.mean(0) + 4 * needed.std(0) + 1).astype(int).tolist()

@@ -29,9 +29,9 @@ PALETTE = np.array([[220, 60, 60], [150, 100, 50], [250, 130, 180], [255, 150, 0
 
 FOCAL = 0.7       # focal length in image widths: a field of view of 71 degrees
 MAX_DEPTH = 10.0  # metres: farther ground is clipped, as a real depth sensor saturates
-MIN_AREA = 12     # pixels of a 64 x 64 photo: an object that shows less is not there at all
-# first scene index: the splits never share one. Scenes from 1_000_000 on were looked at while the
-# tiny recipe was tuned, so the validation scenes are others
+MIN_AREA = 12     # pixels of a 64 x 64 photo: an object with fewer visible ones is not drawn
+# index of the first scene: the splits share no scene. The tiny recipe was tuned on scenes from
+# 1_000_000 on, so validation uses others
 SPLIT_START = {"train": 0, "val": 2_000_000}
 
 
@@ -155,7 +155,7 @@ def arrange(rng):
         off = x - w["road"][0] - w["road"][1] * z
         clear = w["road"][2] + 1
         if second == ROAD and shape[0] in ("tree", "house", "sign") and abs(off) < clear and i:
-            x += math.copysign(clear, off) - off  # nor do trees grow on a road
+            x += math.copysign(clear, off) - off  # move it off the road
         parts, keypoints = person(u) if shape[0] == "person" else (thing(u, shape), None)
         pattern = rng.integers(5), u(4, 14), u(0.1, 0.35) * (1 if keypoints is None else 0.3)
         w["objects"].append((z, x, shape[0], parts, keypoints, pattern))
@@ -301,7 +301,7 @@ def annotate(w, objects, owner, semantic, size):
             p *= ((p[:, :2] >= 0) & (p[:, :2] < size)).all(1, keepdims=True)
             top = owner[p[:, 1].astype(int), p[:, 0].astype(int)]
             p[:, 2] = np.minimum(p[:, 2], np.where((top >= 0) & (top < k), 1, 2))  # a nearer object
-            p[:, :2] -= 0.5 * (p[:, 2:] > 0)  # from coordinates whose pixel 0 covers 0 to 1
+            p[:, :2] -= 0.5 * (p[:, 2:] > 0)  # to COCO's: the centre of pixel i is at i
             keypoints[k] = p
     segments = [(k + 1, c, 0) for k, c in enumerate(classes.tolist())]
     segments += [(1000 + c, c, 0) for c in np.unique(semantic[owner < 0]).tolist()]

@@ -1,10 +1,10 @@
 """
-What surrounds every training loop and is not the lesson: flags, the device, processes, signals,
-schedules, the log. Small functions; the loops stay in the scripts, batching.py has the samples,
-launch.py how a program ends.
+What surrounds every training loop: flags, the device, processes, signals, schedules, the log. The
+loops themselves stay in the scripts. batching.py chooses the samples of a step, and launch.py ends
+a program.
 
-Resuming is exact because nothing random has a memory: the samples of a step, their augmentation
-and the network's own noise are pure functions of (seed, step) or (seed, epoch, index).
+Resuming is exact because no random state passes from one step to the next: the samples, their
+augmentation and the network's noise are pure functions of (seed, step) or (seed, epoch, index).
 """
 import argparse
 import contextlib
@@ -62,7 +62,7 @@ GROUPS = ("what to run", "data", "model", "optimiser", "evaluation")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Every default that is a value, as it stands after --preset."""
+    """Shows every default that is a value, as --preset has set it."""
 
     def _get_default_metavar_for_optional(self, action):
         return "N" if action.type else action.dest.upper()
@@ -102,27 +102,27 @@ def add_flags(parser):
     run("--out", help="folder of checkpoints, log and pictures")
     run("--resume", action="store_true", help="continue OUT exactly where its last.pt stands")
     run("--eval", action="store_true", help="only grade OUT/best.pt")
-    run("--check", action="store_true", help="only say what the data set would teach")
+    run("--check", action="store_true", help="only report what is in the data set")
     run("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: CUDA if "
         "there is any, else the CPU; mps: Apple's GPU")
-    run("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: pre-training's "
-        "whole step, by default on CUDA; of fine-tuning the blocks, by default not")
+    run("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile: on the "
+        "whole pre-training step (default on CUDA), or on fine-tuning's blocks (default: off)")
     run("--save-every", type=POSITIVE, default=500, help="steps between checkpoints")
-    run("--seed", type=number(int, 0, 2**63), default=0, help="of all that is random")
+    run("--seed", type=number(int, 0, 2**63), default=0, help="seed of all random choices")
     data("--data", help="folder of the data set, or toyworld: drawn photos; "
          "toyworld:1024:256 draws 1024 for training and 256 for validation")
-    data("--workers", type=COUNT, default=4, help="data processes: read, augment, plan")
+    data("--workers", type=COUNT, default=4, help="processes that read and augment samples")
     data("--on-error", choices=("stop", "skip"), default="stop", help="at a broken photo or "
-         "annotation: stop, or go on without it and count")
+         "annotation: stop, or leave it out and count it")
     model("--window", type=number(int, 2, 32), help="attention window, tokens a side; default: "
           "the preset's")
-    model("--drop-path", type=number(float, 0, 0.9), help="rate of the last encoder block")
+    model("--drop-path", type=number(float, 0, 0.9), help="stochastic depth rate of the last block")
     model("--decoder-layers", type=number(int, 3, 99), help="a multiple of 3; default: the "
           "preset's")
     optimiser("--steps", type=POSITIVE, help="optimiser steps; overrides --epochs")
     optimiser("--batch-size", type=POSITIVE, help="images per process and micro-step")
     optimiser("--accumulate", type=POSITIVE, default=1, help="micro-steps per optimiser step")
-    optimiser("--lr", type=RATE, help="peak learning rate, as is")
+    optimiser("--lr", type=RATE, help="peak learning rate, not scaled by the batch size")
 
 
 def add_finetune_flags(parser):
@@ -130,15 +130,15 @@ def add_finetune_flags(parser):
     _, data, model, optimiser, _ = parser.adders()
     data("--data-fraction", type=SHARE, default=1.0, help="share of the training set (Table 8)")
     data("--overfit", action="store_true", help="train and validate on the same images, not "
-         "augmented: whoever changes the code should still reach a near-perfect metric")
-    data("--no-flip", action="store_true", help="mirror no photo: where left and right differ")
+         "augmented; a test of the code: the metric must become near-perfect")
+    data("--no-flip", action="store_true", help="do not mirror photos (if left and right differ)")
     model("--init", help="pre-trained checkpoint; without it the run starts from scratch")
     model("--load", help="parts taken from --init, of backbone,bifpn,decoder; default: "
           "all that --init-backbone does not give")
     model("--init-backbone", help="FILE of Swin weights: torchvision's, timm's, the official ones, "
           "SimMIM's")
-    optimiser("--backbone-lr", type=number(float, 0), help="lr of the backbone, times --lr")
-    optimiser("--query-lr", type=number(float, 0), default=1.0, help="lr of the e_i, times --lr")
+    optimiser("--backbone-lr", type=number(float, 0), help="backbone's lr as a multiple of --lr")
+    optimiser("--query-lr", type=number(float, 0), default=1.0, help="e_i's lr, a multiple of --lr")
 
 
 def parse(parser, presets, argv=None):
@@ -238,7 +238,7 @@ def pick_device(name="auto", local_rank=0):
     InputError where it is missing."""
     if name == "mps":
         if not torch.backends.mps.is_available():
-            raise InputError("--device mps: torch sees no GPU of Apple's here; leave the flag out")
+            raise InputError("--device mps: torch finds no Apple GPU here; leave the flag out")
         if "RANK" in os.environ:
             raise InputError("--device mps: one process only, without torchrun")
         return torch.device("mps")
@@ -249,7 +249,7 @@ def pick_device(name="auto", local_rank=0):
                          "torch for CUDA and the driver")
     if local_rank >= torch.cuda.device_count():
         raise InputError(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} "
-                         "GPUs of this machine; one a GPU")
+                         "GPUs of this machine; start one per GPU")
     return torch.device("cuda", local_rank)
 
 
@@ -276,7 +276,7 @@ def start(args):
         if not dist.is_initialized():           # a program may run several scripts
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         run.rank, run.world = dist.get_rank(), dist.get_world_size()
-    words += "; Apple's GPUs are untried by us" * (device.type == "mps")
+    words += "; we have not tested Apple's GPUs" * (device.type == "mps")
     run.print0(f"device {device}, {run.world} process(es), {words}")
     if args.check:
         return run
@@ -297,24 +297,24 @@ def start(args):
 
 
 def claim(folder):
-    """An open lock file, with which this process alone may write into the folder until it is closed
-    or the process ends, however it ends; None if another process has it.
+    """Lock the folder for this process: the open lock file, or None if another process has it.
+    The lock lasts until the file is closed or the process ends, however it ends.
 
-    A POSIX lock is not inherited by data processes, and the kernel lets go of it after SIGKILL.
+    A POSIX lock is not inherited by data processes, and the kernel releases it after SIGKILL.
     """
     file = open(Path(folder, ".lock"), "ab")
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):     # else a drive that knows no locks
+        if error.errno in (errno.EACCES, errno.EAGAIN):     # else a drive without locks
             file.close()
             return None
     return file
 
 
 # -----------------------------------------------------------------------------
-# What a run tells
+# What a run reports
 
 
 class Due(NamedTuple):
@@ -355,7 +355,7 @@ class Progress:
 
     def asked(self, number, _):
         """Handler of a signal."""
-        # a cluster and torchrun may both pass on one signal: what comes at once is no second one
+        # a cluster and torchrun may both pass on one signal: a repeat within 2 s does not count
         if self.signal and time.monotonic() - self.since > 2:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -371,16 +371,16 @@ class Progress:
 
     def due(self, step, args, every):
         """What is due after this step: a line of log, a checkpoint, the end (a signal's number, the
-        same on all processes), an evaluation. It comes every `every` steps and after the last one;
-        before it the run is saved, since it may fail."""
+        same on all processes), an evaluation. Evaluations come every `every` steps and after the
+        last one; the run is saved before each, because an evaluation may fail."""
         stop, evaluate = self.stops(), step % every == 0 or step == self.bar.total
         save = evaluate or bool(stop) or step % args.save_every == 0
         return Due(save or step % 20 == 0, save, stop, evaluate)
 
     def stop(self, number):
         """End the run, whose last step is saved."""
-        raise Stopped(number, f"stopped by {signal.Signals(number).name}; saved, and --resume added"
-                      " to the same command goes on")
+        raise Stopped(number, f"stopped by {signal.Signals(number).name}; the run is saved, and "
+                      "with --resume the same command goes on")
 
     @contextlib.contextmanager
     def evaluation(self):
@@ -398,7 +398,7 @@ class Progress:
         self.total = self.total + loss.detach()
 
     def report(self, step, **values):
-        """Mean loss over all processes since the last report; else FloatingPointError."""
+        """Mean loss over all processes since the last report; FloatingPointError if not finite."""
         mean = self.run.sum(self.total)[0] / self.run.world / (step - self.first)
         if not math.isfinite(mean):
             raise FloatingPointError(
@@ -495,7 +495,7 @@ def param_groups(model, weight_decay, scales=()):
 
 
 def cosine(step, total, warmup):
-    """0..1: linear warm-up (never 0), then half a cosine to 0 (MAE)."""
+    """Factor 0..1 of the peak rate: linear warm-up (never 0), then half a cosine to 0 (MAE)."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -507,7 +507,7 @@ def poly(step, total, power=0.9):
 
 
 def multistep(step, total, milestones, warmup=0):
-    """Linear warm-up from 0.001; x 0.1 at each milestone, a share of the run (DETR, ViTPose)."""
+    """Warm-up from 0.001 to 1; x 0.1 at each of `milestones`, 0..1 of the run (DETR, ViTPose)."""
     drop = 0.1 ** sum(step >= m * total for m in milestones)
     return drop * (1e-3 + (1 - 1e-3) * min(1, step / warmup)) if warmup else drop
 
@@ -537,8 +537,8 @@ def set_lr(optimizer, lr):
 
 class Log:
     """One JSON object a line in OUT/log.jsonl; write(name=value) adds one, on rank 0. A resumed run
-    drops the lines that a killed one wrote after its last checkpoint; due: that step's evaluation
-    among them."""
+    drops the lines that a killed run wrote after its last checkpoint, with `due` also the
+    evaluation of `step`, because it is done again."""
 
     def __init__(self, args, run, step, due=False):
         self.path = Path(args.out, "log.jsonl") if run.rank == 0 else None

@@ -34,7 +34,7 @@ from formats.files import (
 from formats.masks import mask, stack
 from toyworld import KEYPOINTS
 
-# what an entry raises that is not as it should be
+# what reading a malformed entry raises
 BAD = (KeyError, TypeError, ValueError, OverflowError, AttributeError)
 LISTS = ("images", "annotations", "categories")
 # folders of photos whose names say nothing about which photos
@@ -54,8 +54,8 @@ def require(condition, reason):
 
 
 def numbers(what, values, count=None, limit=1e6):
-    """The values, if they are a list of numbers up to +-limit (of pixels), texts of numbers as
-    such; raises ValueError for all else. what: its name in the message."""
+    """The values, checked: a list of `count` finite numbers within +-limit px. Quoted numbers are
+    converted; all else raises ValueError. what: name of the list in the message."""
     kinds = {*map(type, values)} if isinstance(values, list) else {None}
     if str in kinds:                                        # some tools quote them
         values = [as_number(v) for v in values]
@@ -115,18 +115,18 @@ def read_categories(path, content, kind):
 
 
 def jointed(path, entries):
-    """Of a file's categories those with joints, and the names of these: all categories that name
-    the same ones (AP-10K's 54 species), or "person", which has COCO's 17 if it does not say."""
+    """-> (a file's categories with joints, the names of these joints). All must have the same
+    joints (AP-10K's 54 species do), else only "person" counts, with COCO's 17 if it names none."""
     named = [e for e in entries if e.get("keypoints") and isinstance(e["keypoints"], list)]
     found = named or [e | {"keypoints": KEYPOINTS} for e in entries if e.get("name") == "person"]
     if len(kinds := {tuple(map(str, e["keypoints"])) for e in found}) > 1:
         found = [e for e in found if e.get("name") == "person"] or found
-        note(f"note: {path}: categories have other joints each; only person is used")
+        note(f"note: {path}: its categories have different joints; only person is used")
         kinds = {tuple(map(str, e["keypoints"])) for e in found}
     if len(kinds) != 1:
         names = [e.get("name") for e in found]
-        raise InputError(f'{path}: a category must have joints, its "keypoints" naming them, all '
-                         "categories the same, or be called person and have COCO's; here "
+        raise InputError(f'{path}: a category must name its joints in "keypoints" (the same joints '
+                         "in all categories), or be called person and have COCO's joints; found "
                          f"{names or 'none'}")
     joints = kinds.pop()
     if len({n.lower() for n in joints}) < len(joints):
@@ -165,9 +165,9 @@ def read_images(root, path, content, split, on_error):
 
 
 def place_photos(root, path, split, images, broken, on_error):
-    """Find each photo: by the name that the file gives in the first place that holds one of the
-    first photos, else below root under a name that it may mean, see alike. split None: the file
-    speaks of all parts. Changes `images`, and adds the ids of missing photos to `broken`."""
+    """Find each photo: by its exact name in the first usual folder that holds one of the first 20
+    photos, or in root; else below root by a similar name, see alike. split None: the file is for
+    all parts. Changes `images`, and adds the ids of missing photos to `broken`."""
     own = path.parent.relative_to(root).parts                               # Roboflow: beside it
     parts = SPLITS[split] if split else sum(SPLITS.values(), ())
     places = [p for p in own if p != "annotations"] + [path.stem.split("_")[-1], *parts]
@@ -182,13 +182,13 @@ def place_photos(root, path, split, images, broken, on_error):
             images[i]["photo"] = here
             used.add(here)
     missing = [i for i in images if images[i]["photo"] == given[i]]
-    # in a folder of another part's name only if nowhere else
+    # folders named after other parts: only if no listed photo lies elsewhere, or split is None
     foreign = SPLITS["val" if split == "train" else "train"] if split else parts
     near, far = photos_below(root, foreign, missing), photos_below(root, (), missing)
     found = {i: alike(root, near, given[i]) for i in missing}
     if split is None or not used and not any(found.values()):
         found = {i: found[i] or alike(root, far, given[i]) for i in missing}
-    # those whose folders agree choose first
+    # photos whose folders agree are assigned first
     for i in sorted(missing, key=lambda i: -len(seen(given[i]) & seen(*found[i][:1]))):
         if len(found[i]) == 1 and found[i][0] not in used:
             images[i]["photo"] = found[i][0]
@@ -208,8 +208,8 @@ def place_photos(root, path, split, images, broken, on_error):
 
 
 def as_seen(name):
-    """A file's name in the form in which people see it: tools write URL quotes, /data/local-files/
-    ?d=..., and accents in two parts; some systems do not tell capitals."""
+    """A file's name as people see it, to compare names: tools write URL escapes, accents as two
+    characters, and /data/local-files/?d=...; some systems ignore capitals."""
     name = unquote(name).rpartition("?d=")[2].partition("?")[0].replace("\\", "/")
     return unicodedata.normalize("NFC", Path(name).name).casefold()
 
@@ -236,8 +236,8 @@ def bare(folder):
 
 
 def alike(root, below, name):
-    """The photos of photos_below that this name may mean: of its folders they lie in all that exist
-    here."""
+    """The photos of photos_below that this name may mean: those of this file name that lie in each
+    of its folders that exists here."""
     photos, here = below
     return [p for p in photos.get(as_seen(name), ())
             if seen(name) & here <= seen(p.relative_to(root))]
@@ -246,8 +246,8 @@ def alike(root, below, name):
 def parse_object(entry, count, masks):
     """One annotation -> (box xyxy, area, crowd, joints or None, segmentation or None).
     A missing iscrowd means 0, a missing area that of the box, missing joints that none is labelled;
-    count: joints, 0 for none. Where only joints were clicked, the box is theirs. Raises one of BAD
-    for what has no sense."""
+    count: number of joints, 0 for none. Without a box, the labelled joints span it. Raises one of
+    BAD for an invalid entry."""
     box = entry["bbox"] if not count else entry.get("bbox") or [0, 0, 0, 0]
     x, y, w, h = numbers("bbox", box, 4)
     require(w >= 0 and h >= 0, f"its box {box} has a negative side")
@@ -261,7 +261,7 @@ def parse_object(entry, count, masks):
         clicked = joints[joints[:, 2] > 0, :2]
         if w * h == 0 and len(clicked) > 1:
             (x, y), (w, h) = clicked.min(0).tolist(), (np.ptp(clicked, 0) + 1).tolist()
-        if not default(entry, "area", 0):                   # by which errors are measured
+        if not default(entry, "area", 0):                   # OKS divides by the area
             entry = entry | {"area": None}
     area = numbers("area", [default(entry, "area", w * h)], limit=1e12)[0]
     require(area >= 0, f"its area is {area}")
@@ -285,8 +285,8 @@ def parse_object(entry, count, masks):
 
 
 def polygons(shape):
-    """A segmentation's list in COCO's form, a list of [x, y, x, y, ...]: one polygon alone, or its
-    points in pairs, are put into it; empty ones are left out."""
+    """A segmentation in COCO's form, a list of polygons [x, y, x, y, ...]; one polygon without the
+    outer list, and points as pairs [x, y], are converted; empty polygons are left out."""
     if shape and not isinstance(shape[0], list):
         shape = [shape]
     if shape and all(len(p) == 2 for p in shape):
@@ -298,9 +298,9 @@ def coco_instances(root, path, split, kind, keys, on_error, categories=None):
     """instances_*.json or (kind "keypoints") person_keypoints_*.json, a path below root -> Source.
     categories: those of the training file, if this is the validation file."""
     content = read_json(path, LISTS)
-    masks = "masks" in keys and kind != "keypoints"         # joints know their area without
+    masks = "masks" in keys and kind != "keypoints"         # OKS takes "area" instead
     own = read_categories(path, content, kind)
-    # what has the same joints is one kind of thing, whatever the kinds of the training part
+    # categories with the same joints are one class, so the training part may have other ones
     categories = own if kind == "keypoints" else same_categories(path, own, categories)
     joints = jointed(path, content["categories"])[1] if kind == "keypoints" else ()
     every = {an_id(c["id"]) for c in content["categories"]}
@@ -335,8 +335,8 @@ def coco_instances(root, path, split, kind, keys, on_error, categories=None):
 
 
 def doubt_boxes(path, records):
-    """Say so if boxes lie outside their photo or many reach far out of it: they may be corners, not
-    sides. Refuse fractions of the photo: no box, no joint lies beyond its first pixel."""
+    """A note if boxes lie outside their photo or many reach far out of it: they may be x1 y1 x2 y2,
+    not x y w h. InputError for fractions of the photo: nearly all numbers are 1 at most."""
     boxes = [r["labels"]["boxes"] for r in records]
     sizes = np.repeat(np.array([r["size"] for r in records]).reshape(-1, 2), [*map(len, boxes)], 0)
     boxes = np.concatenate([*boxes, np.zeros((0, 4))])
@@ -413,7 +413,7 @@ def coco_panoptic(root, path, split, kind, keys, on_error, categories=None):
 
 def parse_segments(entries, label):
     """segments_info -> int64 [S, 3] of id, class, iscrowd; label: {category id: class}. Raises one
-    of BAD for what has no sense."""
+    of BAD for an invalid entry."""
     rows = []
     for s in entries:
         number, kind, crowd = an_id(s["id"]), an_id(s["category_id"]), default(s, "iscrowd", 0)
@@ -461,8 +461,8 @@ def open_coco(root, word, read, kind, keys, on_error):
     read: coco_instances or coco_panoptic, to which kind and keys go."""
     files = coco_files(root, word)
     if files[0] is None and files[1] is not None:
-        raise InputError(f"{files[1]}: a validation part without a training part; the name of a "
-                         "training file has train in it, that of a file for both neither word")
+        raise InputError(f"{files[1]}: a validation part without a training part; put train "
+                         "into the training file's name; if this one is for both, take val out")
     if files[0] is None:
         return None
     train = read(root, files[0], "train" if files[1] else None, kind, keys, on_error)
@@ -489,8 +489,8 @@ def coco_files(root, word):
 
     Those with `word` in their names; for instances and keypoints, if there are none, those that
     name no kind but are COCO's inside, as labelling tools write them: train.json, or
-    train/_annotations.coco.json beside its photos (Roboflow). One file that names no part, as
-    result.json, is all there is.
+    train/_annotations.coco.json beside its photos (Roboflow). A single file that names no part,
+    such as result.json, holds both parts.
     """
     parts = [root / s for names in SPLITS.values() for s in names]
     every = [p for place in (root / "annotations", root, *parts)

@@ -17,7 +17,7 @@ from formats.files import InputError
 
 
 class Table:
-    """Rows, each a dict of numpy arrays, which is emptied, kept as one array a column.
+    """Rows (dicts of numpy arrays, which it empties), kept as one array per column.
 
     A data process that is not forked (spawn, forkserver) gets them through a pipe, and a forked one
     shares them; thousands of small arrays would be slow either way, and as many tensors would each
@@ -59,7 +59,7 @@ def draw_scenes(seed, size, keys, indexes, what):
     draw = partial(toy_row, seed, size, keys)
     bar = partial(tqdm, total=len(indexes), desc=f"drawing ToyWorld {what}", leave=False,
                   disable=None)
-    if cores > 1 and len(indexes) >= 512:                   # fewer are drawn sooner than shared out
+    if cores > 1 and len(indexes) >= 512:                   # fewer: starting processes costs more
         with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(cores) as pool:
             return Table(list(bar(pool.map(draw, indexes, chunksize=32))))
     return Table(list(bar(map(draw, indexes))))
@@ -94,7 +94,7 @@ class ToyWorld:
         return {k: kinds[k](v) if k in kinds else v for k, v in sample.items()}
 
     def view(self, index, choose, size):
-        """As files.read_view, but it is in memory: nothing is gained by a smaller photo."""
+        """Like files.read_view, but the photo keeps its size: it is in memory already."""
         image = self.samples[index]["image"]
         return image, choose(*image.shape[1:])
 

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageFile
 from torchvision import tv_tensors
 
 IGNORE = 255                                    # label of pixels that belong to no class
-LONGEST = 50                                    # times the shorter side; no photo is as thin
+LONGEST = 50                                    # longer side over shorter one, at most
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 LABELS = ("annotations", "labels", "masks", "label", "mask", "ann_dir")     # folders of label maps
 PHOTOS = ("images", "image", "img", "rgb", "photos", "img_dir")             # folders of photos
@@ -169,7 +169,7 @@ def read_depth(path, scale):
     values = read_pixels(path, ("I", "I;16", "I;16B"), what)
     if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 65535):
         raise InputError(f"{path}: {what}")
-    # the largest value is what sensors write where they see no end
+    # sensors write the largest value where nothing is in range
     return np.where(values == 65535, 0, values).astype(np.float32) / np.float32(scale)
 
 
@@ -195,7 +195,7 @@ def read_json(path, lists):
     for key in lists:
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-            raise InputError(f'{path}: has no list "{key}" of objects, as COCO\'s files do')
+            raise InputError(f'{path}: has no list "{key}" of objects, as COCO\'s files have')
     return content
 
 
@@ -288,9 +288,9 @@ class Source:
         return sample
 
     def upright(self):
-        """Whether the labels are for photos as EXIF turns them. The photos tell that have another
-        shape when turned; a tool that ignores EXIF does so for mirrored and upside-down ones too.
-        True if none tells."""
+        """Whether the labels are for photos as EXIF turns them. Photos that change their shape when
+        turned decide it, for the others as well: a tool that ignores EXIF ignores it for mirrored
+        and upside-down photos, too. True if no photo decides."""
         if self.habit["upright"] is None:
             told, records = Counter(), self.habit["records"]
             for record in records[::-(-len(records) // 1000)]:
@@ -303,10 +303,10 @@ class Source:
             self.habit["upright"] = told[True] >= told[False]
             if told["turned"] and not told[True] + told[False]:
                 note(f"note: EXIF turns {told['turned']} photos, and none of them shows whether "
-                     "its labels are for the turned photo; taken so")
+                     "its labels are for the turned photo; we assume that they are")
             if told[True] and told[False]:
                 note(f"note: {told[True]} photos are labelled as EXIF turns them, {told[False]} as "
-                     "they are stored; those that do not tell are taken as "
+                     "they are stored; where both fit, we assume the labels are for photos as "
                      + ("turned" if self.habit["upright"] else "stored"))
         return self.habit["upright"]
 
@@ -318,9 +318,9 @@ class Source:
 
 
 def read_photo(path, size, habit=lambda: True):
-    """Photo uint8 [3, H, W] whose labels are made for size = (H, W): upright or as stored, as it
-    fits, and where both do as habit() says: whether the labels of this data set are for upright
-    photos. InputError if neither fits."""
+    """Photo uint8 [3, H, W] whose labels are made for size = (H, W): upright or as stored: the
+    one of this size. If both have it, habit() decides: are the labels of this data set for upright
+    photos? InputError if neither has it."""
     with opened(path) as image:
         number, stored = orientation(image), image.size[::-1]
         shown = stored[::-1] if number > 4 else stored
@@ -349,8 +349,8 @@ def limit_classes(path, names):
 
 
 def hold_out(root, source):
-    """[training, validation] of a data set without a validation part: every 20th photo, of those
-    that show an object where that is known without reading them. InputError for fewer than two."""
+    """[training, validation] of a data set without a validation part: every 20th photo validates
+    (of those that show an object, if the records say so). InputError for fewer than two photos."""
     if len(source) < 2:
         raise InputError(f"--data {root}: one photo; training and validation need two")
     full = [i for i, r in enumerate(source.records) if shows(r)]
@@ -371,7 +371,7 @@ def shows(record):
 
 
 def left_out(record):
-    """Objects of a photo that nobody learns and nobody grades: {the reason: bool [N]}."""
+    """Objects of a photo that are neither learned nor graded: {reason: bool [N]}."""
     labels, size = record["labels"], record["size"][::-1]
     boxes = labels["boxes"]
     found = {"crowds (iscrowd 1)": labels["iscrowd"],

@@ -8,7 +8,7 @@ Folders as people download them -> annotated photos, one Source each for trainin
     NYU      BTS's lists nyudepthv2_{train,test}_files_with_gt.txt: photos, 16-bit PNGs
     depth    {rgb,depth}/{train,val} or {train,val}/{rgb,depth}
 
-No list of classes stands in the code: names and numbers come from the files. Annotations are
+The code holds no list of classes: names and numbers come from the files. Annotations are
 checked when a folder is opened, pixels when they are read: what is wrong raises InputError; with
 on_error "skip" such photos are left out. Boxes and keypoints are in pixels of the photo as its
 annotation sees it; an EXIF rotation is applied unless only the stored pixels have the annotation's
@@ -90,7 +90,7 @@ def find_pairs(root, photo_words, label_words, on_error):
         for half in (p for p in pairs if split == "val" and found and any(p) and not all(p)):
             place, words = (half[0], label_words) if half[0] else (half[1], photo_words)
             if "test" not in place.relative_to(root).parts:         # a test part has no labels
-                refuse(f"{place}: nothing belongs to it; expected {' or '.join(words)} for it",
+                refuse(f"{place}: has no matching folder; expected {' or '.join(words)}",
                        on_error)
         if not photos or not labels or (split is None and (
                 found or any(labels.glob("*.json")) or not any(
@@ -184,8 +184,8 @@ def class_values(root, found, names, first, ignore, on_error):
 
 
 def refuse_doubtful(root, counts):
-    """Stop at label maps whose values surely are not what they were meant; counts: those of the
-    parts. Two values on most pixels and many others on few: edges that were interpolated."""
+    """InputError for label maps that surely were saved wrongly; counts: count_values of each part.
+    Two values on most pixels and many others on few pixels come from interpolated edges."""
     total, pixels = sum(counts), sum(c.sum() for c in counts)
     between = [v for v in np.flatnonzero(total).tolist() if v not in (0, IGNORE)]
     rest = total[between].sum()
@@ -211,7 +211,7 @@ def open_masks(root, keys, on_error, ignore_label=None, first_label=None):
     if not found:
         return None
     labels, _ = next(iter(found.values()))
-    # there 0 means unlabelled; others name their folders so too, but do not list ADE20K's classes
+    # in ADE20K 0 means unlabelled; other data sets use its folder names, but not its class list
     ade = labels == root / "annotations" / "training" and (root / "objectInfo150.txt").exists()
     first = first_label if first_label is not None else int(ade)
     names = class_names(root)
@@ -257,8 +257,8 @@ def open_ade_instances(root, keys, on_error):
     place = next((p for p in places if p.is_file()), None)
     names = class_names(root)
     if not found or not place or not names:
-        raise InputError(f"{places[0]}: is missing, or objectInfo150.txt; without them nobody knows"
-                         " which classes the instances of ADE20K have")
+        raise InputError(f"{places[0]}: this file or objectInfo150.txt is missing; they say which "
+                         "classes the instances of ADE20K have")
     try:            # a line of titles, then: instance class, scene parsing class, ... from 1
         rows = [line.split()[:2] for line in read_lines(place)[1:] if line.strip()]
         mapping = [int(b) - 1 for _, b in sorted((int(a), int(b)) for a, b in rows)]
@@ -365,7 +365,7 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
     """
     root = Path(root)
     if not root.is_dir():
-        raise InputError(f"--data {root}: no such folder (or the word toyworld)")
+        raise InputError(f"--data {root}: no such folder; give a folder, or the word toyworld")
     coco = partial(open_coco, root, keys=keys, on_error=on_error)
     instances = partial(coco, "instance", coco_instances, "instances")
     panoptic = partial(coco, "panoptic", coco_panoptic, "panoptic")
@@ -391,8 +391,8 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
             crowds = "labels" in source.records[0] and any(
                 r["labels"]["iscrowd"].any() for r in source.records)
             raise InputError(f"--data {root}: no object, or no joint, in its whole {part} part"
-                             + "; all objects have iscrowd 1, as some tools write for what is "
-                             "painted: set it to 0 in the JSON" * crowds)
+                             + "; all objects have iscrowd 1, which some tools write for all "
+                             "that is painted: set it to 0 in the JSON" * crowds)
     if kind == "masks" and "labels" in (sources[0].records or [{}])[0]:
         alone = [i for i, r in enumerate(sources[0].records) if (~r["labels"]["iscrowd"]).any()]
         sources[0] = sources[0].subset(alone)
@@ -403,7 +403,7 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
 
 
 def readable(source):
-    """The source without the samples that cannot be read, each told on stderr: every file is read
+    """The source without unreadable samples, each reported on stderr: every file is read
     once, so that all processes evaluate the same photos. InputError if none is left."""
     good = []
     for i in tqdm(range(len(source)), desc="reading every validation photo once", leave=False,

@@ -117,8 +117,8 @@ def stack(masks, count, height, width):
     """Masks of a photo, which may overlap, as a few maps: mask k is where a map holds k + 1.
 
     masks: `count` bool [height, width], one at a time. Returns [L, height, width], uint8 if that is
-    enough, else int16; L is 1 if nothing overlaps. 600 masks of 1500 px side by side would be 1.3
-    GB; and a map is moved, scaled and cropped as fast as one mask.
+    enough, else int16; L is 1 if nothing overlaps. 600 separate masks of 1500 x 1500 px would take
+    1.3 GB; and one map is flipped, scaled and cropped as fast as one mask.
     """
     layers = []
     for k, mask in enumerate(masks):

@@ -4,7 +4,7 @@ Answers of a network -> the official result formats, with the numbers that the d
     detections.json, instances.json, keypoints.json     COCO's results, for pycocotools' loadRes
     semantic/NAME.png                                   label maps, the data set's own values
     panoptic.json, panoptic/NAME.png                    COCO's panoptic format, for panopticapi
-    depth/NAME.png                                      16 bits, millimetres; 0 = nothing
+    depth/NAME.png                                      16 bits, millimetres, at least 1
 
 Every file is written under another name and renamed: it is there as a whole or not at all.
 """
@@ -59,10 +59,10 @@ def keep_photos(pairs, out, given):
 def image_ids(paths, file=None, boxes=None):
     """The id of each photo in result files, int or str.
 
-    file: a COCO annotation file, whose "images" say the ids, by path or by a name that occurs once;
-    the others, and all without it, get the number that their name is, as COCO's do
-    (000000000139.jpg is 139), else the name. Photos that would share one get their path, with a
-    note; but InputError if there is a file of `boxes`, which could not tell them apart.
+    file: a COCO annotation file, whose "images" give the ids, by path or by a name that occurs
+    once. The id of every other photo is its name, as a number if it is one (000000000139.jpg is
+    139). Photos that would share an id get their path, with a note; with a file of `boxes` this is
+    an InputError, because an id there could mean either photo.
     """
     listed, names = {}, defaultdict(set)
     for entry in read_json(file, ["images"])["images"] if file else ():
@@ -83,8 +83,8 @@ def image_ids(paths, file=None, boxes=None):
     if twins := [number for number, those in owners.items() if len(those) > 1]:
         said = f"{' and '.join(sorted(owners[twins[0]])[:2])} both have the id {twins[0]}"
         if boxes:
-            raise InputError(f"--boxes {boxes}: {said}, so whose boxes are these? Ask about one "
-                             "folder at a time, or give --ids")
+            raise InputError(f"--boxes {boxes}: {said}, so their boxes cannot be told apart; give "
+                             "one folder at a time, or --ids")
         note(f"note: {said}: in result files such photos have their path")
     return [number if len(owners[number]) == 1 else path.as_posix()
             for path, number in zip(paths, ids)]
@@ -137,8 +137,8 @@ def entries(model, answer, image, name, out):
 def segments(model, answer, image, name, out):
     """Write the PNG of a panoptic answer; returns its entry of the JSON file.
 
-    The colour of a pixel is the number of its segment, R + 256 G + 65536 B. Numbers far from each
-    other are colours that can be told apart: an odd factor, modulo 2^24, keeps them different.
+    The colour of a pixel is the id of its segment, R + 256 G + 65536 B. Ids are k times a large odd
+    number modulo 2^24: all different, and far apart, so that neighbours differ to the eye.
     """
     number = lambda k: k * 0x9E3779B1 % 2 ** 24
     table = np.array([number(k) for k in range(int(answer["panoptic"].max()) + 1)], np.int64)
