@@ -192,17 +192,15 @@ def interpolated_precision(hit, miss, positives):
 
 
 class AveragePrecision:
-    """COCOeval for kind "box", "mask" or "keypoint"; categories are the ids that `labels` use,
-    max_detections the limits per image and category, area_ranges {suffix: (low, high)}.
+    """COCOeval for kind "box", "mask" or "keypoint"; categories are the ids that `labels` use.
     It keeps only the outcome of each detection, about 65 bytes, and no box or mask."""
 
-    def __init__(self, kind, categories, max_detections=None, area_ranges=None, sigmas=OKS_SIGMAS):
+    def __init__(self, kind, categories, sigmas=OKS_SIGMAS):
         require(kind in FIELDS, f"kind is {kind!r}, expected one of {', '.join(FIELDS)}")
         self.kind, self.categories, self.sigmas = kind, np.unique(categories), np.array(sigmas)
-        self.limits = sorted(max_detections or ([20] if kind == "keypoint" else [1, 10, 100]))
-        ranges = dict(area_ranges or AREA_RANGES)
-        if kind == "keypoint" and not area_ranges:
-            del ranges["s"]  # COCO labels no joints on small persons
+        self.limits = [20] if kind == "keypoint" else [1, 10, 100]  # per image and category
+        # COCO labels no joints on small persons
+        ranges = {k: v for k, v in AREA_RANGES.items() if k != "s" or kind != "keypoint"}
         self.area_names = list(ranges)
         self.low, self.high = np.array(list(ranges.values()), float).T[:, :, None]  # [A, 1]
         self.images = {}  # image id -> tuple of arrays
