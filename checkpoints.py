@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data import InputError
+from formats.files import InputError, replacing
 from model import resize_bias_table, swin_from_others
 
 # what torch.load raises for files that are broken, foreign, or full of code
@@ -20,15 +20,12 @@ PARTS = ("backbone", "bifpn", "decoder")        # what a task can inherit (Table
 
 def save(state, path):
     """Write, flush, rename: a kill at any moment leaves a whole file. InputError if it cannot."""
-    temporary = Path(f"{path}.tmp")
     try:
-        with open(temporary, "wb") as f:
+        with replacing(path) as temporary, open(temporary, "wb") as f:
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:            # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); "
                          "the last checkpoint is untouched") from None
 

@@ -6,8 +6,6 @@ Photos are uint8 [3, H, W]; every function that draws returns a PIL image. Small
 by a whole factor to at most `room` px, so that names fit on them; on large ones letters and lines
 grow. Pixels outside the objects and their labels stay those of the (enlarged) photo.
 """
-import contextlib
-import os
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from formats.files import IGNORE
+from formats.files import IGNORE, replacing
 from toyworld import SKELETON
 
 ROOM, SAMPLE = 640, 320                 # px: the longer side of pictures and of training samples
@@ -59,16 +57,11 @@ def canvas(photo, room=ROOM):
     return (image.resize(size, Image.BICUBIC) if zoom > 1 else image), zoom
 
 
-def save(image, path, **how):
-    """Write under another name, then rename: a picture is there as a whole or not at all."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        image.save(temporary, format="PNG", **{"compress_level": 1} | how)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+def save(image, path):
+    """Write a PNG as a whole or not at all, and the folders above it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", compress_level=1)
 
 
 def beside(images, gap=0):

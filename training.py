@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import InputError
+from formats.files import InputError, replacing
 from launch import Stopped
 from model import PRESETS, Config, DecoderLayer, Fusion, SwinBlock, normalize
 
@@ -548,9 +548,8 @@ class Log:
             rows = [json.loads(line) for line in lines]
             lines = [line + "\n" for line, row in zip(lines, rows)
                      if row["step"] < step or (row["step"] == step and ("lr" in row or not due))]
-            kept = self.path.with_suffix(".tmp")
-            kept.write_text("".join(lines), encoding="utf-8")
-            os.replace(kept, self.path)
+            with replacing(self.path) as kept:
+                kept.write_text("".join(lines), encoding="utf-8")
 
     def write(self, **row):
         if self.path:

@@ -45,6 +45,19 @@ def note(message):
 
 
 @contextlib.contextmanager
+def replacing(path):
+    """Within the block, the path of a temporary file, which then takes the place of `path`: that
+    is there as a whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
 def opened(path):
     """PIL image of a file, pixels not read yet; whatever is wrong with it ends in an InputError."""
     try:

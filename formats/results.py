@@ -18,7 +18,7 @@ from PIL import Image
 
 import draw
 from formats.coco import an_id
-from formats.files import InputError, list_images, note, read_json
+from formats.files import InputError, list_images, note, read_json, replacing
 from formats.masks import compressed, to_runs
 
 DEEPEST = 65534                         # mm: 65535 means "not measured" to many tools and to ours
@@ -92,12 +92,8 @@ def image_ids(paths, file=None, boxes=None):
 
 def write_json(content, path):
     """Plain types -> JSON file, as a whole or not at all."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def entries(model, answer, image, name, out):
