@@ -6,19 +6,21 @@ download; and a contact sheet to look at.
 """
 import argparse
 import json
-import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from formats.masks import to_runs
 from toyworld import CLASSES, FOCAL, KEYPOINTS, PALETTE, SKELETON, SPLIT_START, THINGS, scene
 
 
 def export(root, layout, count, size, seed, split):
     """Write `count` scenes, `size` px a side, of a split ("train", "val") below root; layout:
     "imagenet", "coco", "ade20k" or "nyu"."""
-    coco, pairs = {"instances": [], "person_keypoints": [], "panoptic": []}, []
+    root, pairs = Path(root), []
+    coco = {"instances": [], "person_keypoints": [], "panoptic": []}
     for i in tqdm(range(count), desc=f"{layout} {split}"):
         s = scene(seed, SPLIT_START[split] + i, size)
         if layout == "imagenet":  # the folder names the largest object
@@ -38,14 +40,12 @@ def export(root, layout, count, size, seed, split):
                      f"annotations/panoptic_{split}2017/{i:012d}.png": ids}
             for found, more in zip(coco.values(), coco_annotations(s, i)):
                 found += more
-        for name, pixels in files.items():
-            os.makedirs(os.path.dirname(os.path.join(root, name)), exist_ok=True)
-            Image.fromarray(pixels).save(os.path.join(root, name), quality=95)
+        for path, pixels in files.items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / path, quality=95)
 
     if layout == "nyu":
-        with open(os.path.join(root, f"nyudepthv2_{at}_files_with_gt.txt"), "w",
-                  encoding="utf-8") as f:
-            f.writelines(pairs)
+        (root / f"nyudepthv2_{at}_files_with_gt.txt").write_text("".join(pairs), encoding="utf-8")
     images = [dict(id=i, file_name=f"{i:012d}.jpg", height=size, width=size) for i in range(count)]
     for key, found in coco.items() if layout == "coco" else ():
         names = dict(instances=THINGS, person_keypoints=("person",), panoptic=CLASSES)[key]
@@ -54,9 +54,8 @@ def export(root, layout, count, size, seed, split):
         if key == "person_keypoints":  # COCO counts the joints of a skeleton from 1
             skeleton = [(a + 1, b + 1) for a, b in SKELETON]
             categories[0].update(keypoints=KEYPOINTS, skeleton=skeleton)
-        with open(os.path.join(root, f"annotations/{key}_{split}2017.json"), "w",
-                  encoding="utf-8") as f:
-            json.dump(dict(images=images, categories=categories, annotations=found), f)
+        content = json.dumps(dict(images=images, categories=categories, annotations=found))
+        (root / f"annotations/{key}_{split}2017.json").write_text(content, encoding="utf-8")
 
 
 def category_id(k):
@@ -68,14 +67,11 @@ def coco_annotations(s, image_id):
     """One scene -> three lists, its entries in the instance, keypoint and panoptic files."""
     instances, poses, segments = [], [], []
     for k, (box, mask) in enumerate(zip(s["boxes"].tolist(), s["masks"])):
-        # uncompressed RLE: lengths of the runs down the columns, the first one of zeros
-        changes = np.flatnonzero(np.diff(mask.T.ravel(), prepend=False))
-        counts = np.diff(changes, prepend=0, append=mask.size).tolist()
         instances.append(dict(
             id=100 * image_id + k + 1, image_id=image_id, iscrowd=0, area=int(mask.sum()),
             category_id=category_id(s["classes"][k].item()),
             bbox=[box[0], box[1], box[2] - box[0], box[3] - box[1]],  # x, y, width, height
-            segmentation=dict(counts=counts, size=mask.shape)))
+            segmentation=dict(counts=to_runs(mask), size=mask.shape)))
         pose = s["keypoints"][k]
         if s["classes"][k] == THINGS.index("person"):
             poses.append(dict(instances[-1], keypoints=pose.ravel().tolist(),
