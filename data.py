@@ -307,11 +307,6 @@ class ScaleToShortest:
         return sample
 
 
-def flipping(flip):
-    """Mirror half of the samples, or none."""
-    return v2.RandomHorizontalFlip(0.5 if flip else 0.0)
-
-
 def segmentation_transform(train, size, flip=True):
     """Mask2Former's recipe for ADE20K: scale 0.5..2, crop, SSD's colour jitter, flip; at test the
     shortest edge becomes `size`, the longest at most 4 times that."""
@@ -319,7 +314,7 @@ def segmentation_transform(train, size, flip=True):
         return ScaleToShortest([size], 4 * size)
     scales = [int(size * s / 10) for s in range(5, 21)]
     return v2.Compose([ScaleToShortest(scales, 4 * size), CropToFit(size, size), ColourJitter(),
-                       flipping(flip)])
+                       v2.RandomHorizontalFlip(0.5 * flip)])
 
 
 def find_objects(task, sample, things):
@@ -455,7 +450,7 @@ def detection_transform(augment, size, flip=True):
     scales = [size * s // 800 for s in range(480, 801, 32)]
     crop = [v2.RandomShortestSize([size * s // 800 for s in (400, 500, 600)], antialias=True),
             CropBetween(size * 384 // 800, size * 600 // 800)]
-    return v2.Compose([flipping(flip), v2.RandomApply(crop),
+    return v2.Compose([v2.RandomHorizontalFlip(0.5 * flip), v2.RandomApply(crop),
                        v2.RandomShortestSize(scales, longest, antialias=True)])
 
 
@@ -553,7 +548,7 @@ def depth_transform(height, width, flip=True):
     Depth travels as a mask: nearest neighbour, so that no value is invented between two surfaces;
     corners that a rotation uncovers become 0 = invalid.
     """
-    return v2.Compose([Tilt(2.5), flipping(flip), CropToFit(height, width),
+    return v2.Compose([Tilt(2.5), v2.RandomHorizontalFlip(0.5 * flip), CropToFit(height, width),
                        ColourAugment()])
 
 
