@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torchvision.transforms import v2
 
 import draw
 import pictures
 import pose
+from data import shrunk
 from formats.files import InputError
+from losses import corners
 from model import normalize
 from tokens import at_original, whole
 
@@ -51,13 +52,10 @@ def attention(model, photo, answer, queries=None):
     None for the surest; InputError for a number that no query has. The pictures of several tasks
     are stacked.
     """
-    longest = max(photo.shape[1:])
-    size = [max(2, round(n * min(1, SIDE / longest))) for n in photo.shape[1:]]
-    small = v2.functional.resize(photo, size, antialias=True)
+    small = shrunk(photo, SIDE)
+    asked = [None]
     if model.task == "segmentation":
         asked = [{task: slice(None)} for task in model.args.tasks]
-    else:
-        asked = [None]
     return draw.below([rows(model, small, photo, answer, task, queries) for task in asked])
 
 
@@ -123,8 +121,7 @@ def said_by(model, raw, layout, small):
             show=lambda q: draw.boxes(small, box[[q]], [0], [""], room))
     if model.task == "detection":
         best, label = raw[0][-1, 0].float().sigmoid().cpu().max(-1)
-        box = raw[1][-1, 0].float().cpu()
-        box = torch.cat([box[:, :2] - box[:, 2:] / 2, box[:, :2] + box[:, 2:] / 2], 1).clamp(0, 1)
+        box = corners(raw[1][-1, 0].float().cpu()).clamp(0, 1)
         box = box * torch.tensor([*original[::-1]] * 2)
         return SimpleNamespace(
             sure=best, name=lambda q: f"query {q}: {model.classes[label[q]]} {best[q]:.2f}",
