@@ -28,15 +28,14 @@ VIRIDIS = np.array([[253, 231, 37], [170, 220, 50], [92, 200, 99], [39, 173, 129
 
 
 @cache
-def palette(count=256):
-    """Colours of classes 0, 1, ..., uint8 [count, 3]; the ignored label's is black."""
-    k = np.arange(count)
+def palette():
+    """Colours of classes 0, 1, ..., uint8 [256, 3]; the ignored label's is black."""
+    k = np.arange(256)
     colours = HUES[k % 7].astype(float)
     lighter, darker = k // 7 % 3 == 1, k // 7 % 3 == 2
     colours[lighter] += 0.5 * (255 - colours[lighter])
     colours[darker] *= 0.6
-    if count > IGNORE:
-        colours[IGNORE] = 0
+    colours[IGNORE] = 0
     return colours.round().astype(np.uint8)
 
 
