@@ -27,8 +27,8 @@ import batching
 import checkpoints
 import draw
 import training
-from data import IGNORE, InputError, collate, derive_seed, find_instances, open_segmentation
-from formats.masks import unstack
+from data import InputError, collate, derive_seed, find_instances, find_objects, open_segmentation
+from formats.files import IGNORE
 from launch import launch
 from losses import segmentation_loss
 from metrics import AveragePrecision, MeanIoU, PanopticQuality
@@ -248,8 +248,7 @@ def pictures(task, photo, answer, truth, dataset, threshold=0.5):
     if task == "semantic":
         return [draw.semantic(photo, x, names, draw.SAMPLE) for x in (truth["semantic"], answer)]
     if task == "instance":
-        labels, layers, _ = find_instances(truth, things)
-        masks = unstack(layers.numpy(), range(1, len(labels) + 1))
+        labels, masks, _ = find_objects(task, truth, things)
         sure = (answer["scores"] >= threshold).nonzero()[:, 0].tolist()
         return [draw.instances(photo, masks, [names[k] for k in labels], draw.SAMPLE),
                 draw.instances(photo, [answer["masks"][k] for k in sure],
