@@ -61,12 +61,12 @@ class Batches:
                 yield [(epoch, j) for j in order[first:first + self.size].tolist()]
 
 
-def steps_per_epoch(length, args, run, what):
-    """Optimiser steps that `length` training samples fill; InputError naming `what` if none."""
+def steps_per_epoch(length, args, run):
+    """Optimiser steps that `length` training samples fill; InputError if none."""
     total = args.batch_size * run.world * args.accumulate
     if length < total:
-        raise InputError(f"{what}: {length} training images are fewer than one step takes ({total})"
-                         "; lower --batch-size or --accumulate")
+        raise InputError(f"--data {args.data}: {length} training images are fewer than one step "
+                         f"takes ({total}); lower --batch-size or --accumulate")
     return length // total
 
 
@@ -74,7 +74,7 @@ def schedule(length, args, run):
     """Steps of the whole run: --steps, else --epochs; 0 with --eval, which needs none."""
     if args.eval:
         return 0
-    per_epoch = steps_per_epoch(length, args, run, f"--data {args.data}")
+    per_epoch = steps_per_epoch(length, args, run)
     return args.steps or args.epochs * per_epoch
 
 

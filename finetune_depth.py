@@ -212,7 +212,7 @@ def main(args):
         errors = evaluate(model, val, args, run, Path(args.out, "samples", "eval.png"))
         run.print0(f"{words(errors)} of {errors['images']} images, step {step}")
         return errors | {"step": step}
-    batching.steps_per_epoch(len(train), args, run, f"--data {args.data}")
+    batching.steps_per_epoch(len(train), args, run)
     total_batch = args.batch_size * run.world * args.accumulate
     training.describe(run, model, train, val, total_batch, args.steps, args.lr)
 

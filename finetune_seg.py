@@ -366,7 +366,7 @@ def main(args):
         results = evaluate(model, val, args, run, Path(args.out, "samples", "eval.png"))
         run.print0(f"{words(results)} of {len(val)} images, step {step}")
         return main_metrics(results) | {"step": step}
-    batching.steps_per_epoch(len(train), args, run, f"--data {args.data}")
+    batching.steps_per_epoch(len(train), args, run)
     total_batch = args.batch_size * run.world * args.accumulate
     training.describe(run, model, train, val, total_batch, args.steps, args.lr)
 

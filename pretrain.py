@@ -157,7 +157,7 @@ def main(args):
                                   betas=(0.9, 0.95), fused=True)
     step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)
 
-    per_epoch = batching.steps_per_epoch(len(train), args, run, f"--data {args.data}")
+    per_epoch = batching.steps_per_epoch(len(train), args, run)
     steps = args.steps or args.epochs * per_epoch
     if args.eval or (step >= steps and not ungraded):
         loss = evaluate(model, val, args, run)
