@@ -228,7 +228,8 @@ def training_loader(dataset, args, run, start, stop, collate, config, kinds=1):
     """The micro-batches of steps start..stop-1, see Batches, and the time that waiting for them
     takes, see Timed. collate(config, samples) makes a batch."""
     batches = Batches(len(dataset), args, run, start, stop, kinds)
-    return Timed(loader(skip_broken(dataset, args), batches, collate, config, args, run))
+    dataset = Skipping(dataset) if args.on_error == "skip" else dataset
+    return Timed(loader(dataset, batches, collate, config, args, run))
 
 
 class Skipping:
@@ -254,11 +255,6 @@ class Skipping:
                     self.broken[i] = True
                     print(f"\nskipped: {error}", file=sys.stderr, flush=True)
         raise InputError("no training photo can be read")
-
-
-def skip_broken(dataset, args):
-    """The training set, Skipping with --on-error skip."""
-    return Skipping(dataset) if args.on_error == "skip" else dataset
 
 
 class Timed:

@@ -2616,7 +2616,7 @@ def test_depth_pairs():
 
 def test_skipping_what_is_broken():
     """--on-error skip replaces or leaves out what is broken, tells each once, counts it."""
-    args = argparse.Namespace(on_error="skip", batch_size=1, workers=1, seed=0, accumulate=1)
+    args = argparse.Namespace(batch_size=1, workers=1, seed=0, accumulate=1)
     objects = [dict(image_id=i) for i in (0, 1, 2)] + [dict(image_id="3.0", bbox=[])]
     with folder() as at:
         coco(at, objects, "instances_train", 5, [f"train/{i}.png" for i in range(4)])
@@ -2629,8 +2629,12 @@ def test_skipping_what_is_broken():
                                                   "val/1.png", "1 of 2 validation"))
         fill(at, {"train/1.png": b""})
         train.transform = data.v2.Identity()
-        forgiving = batching.skip_broken(train, args)
-        assert batching.skip_broken(train, argparse.Namespace(on_error="stop")) is train
+        for way, kind in (("skip", batching.Skipping), ("stop", data.Detection)):
+            flags = argparse.Namespace(**vars(args) | dict(on_error=way, workers=0))
+            timed = batching.training_loader(train, flags, training.Run(torch.device("cpu")), 0, 1,
+                                             data.collate, TINY)
+            assert type(timed.dataset) is kind
+        forgiving = batching.Skipping(train)
         batches = [[(0, i)] for i in (0, 1, 2, 1)]
         timed = batching.Timed(batching.loader(forgiving, batches, data.collate, TINY, args,
                                                training.Run(torch.device("cpu"))))
@@ -2649,7 +2653,7 @@ def test_skipping_what_is_broken():
                 raise InputError("broken")
             return sum(at) % 3
     with quiet():
-        turns = batching.skip_broken(Turns(range(5)), args)
+        turns = batching.Skipping(Turns(range(5)))
         assert all(turns[e, i] == (e + i) % 3 for e in range(4) for i in range(5))
 
 
