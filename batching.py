@@ -5,6 +5,7 @@ Resuming is exact because the samples of a step are a pure function of (seed, st
 augmentation of (seed, epoch, index).
 """
 import atexit
+import contextlib
 import io
 import math
 import multiprocessing
@@ -149,10 +150,8 @@ class Packed:
             self.parts.append((first, end, tensor.dtype, tensor.shape))
         self.buffer = torch.empty(end, dtype=torch.uint8)
         if torch.utils.data.get_worker_info():
-            try:
+            with contextlib.suppress(RuntimeError, OSError):            # full: memory of its own
                 self.buffer = shared(end)
-            except (RuntimeError, OSError):
-                pass                                        # stays in memory of its own
         for tensor, (first, end, *_) in zip(packer.tensors, self.parts):
             self.buffer[first:end] = tensor.contiguous().flatten().view(torch.uint8)
 
