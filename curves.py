@@ -51,13 +51,6 @@ def read_log(run):
     return found
 
 
-def ticks(low, high, count=5):
-    """Round numbers within low..high, about `count`: float [n]."""
-    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-12) / count))
-    step = next(step * f for f in (1, 2, 5, 10, 20) if (high - low) / (step * f) <= count)
-    return np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
-
-
 def panel(title, curves):
     """Curves {name of a run: [(step, value), ...]} -> PIL image with axes, title and legend."""
     s, size = SMOOTH, 13 * SMOOTH
@@ -71,11 +64,11 @@ def panel(title, curves):
     left, right, top, bottom = LEFT * s, (WIDTH - RIGHT) * s, TOP * s, (HEIGHT - BOTTOM) * s
     at = lambda x, y: (left + (x - x0) / (x1 - x0) * (right - left),
                        bottom - (y - y0) / (y1 - y0) * (bottom - top))
-    for value in ticks(y0, y1):
+    for value in draw.ticks(y0, y1):
         y = at(x0, value)[1]
         pen.line((left, y, right, y), (225, 225, 225), s)
         pen.text((left - 6 * s, y), f"{value:.4g}", "black", face, anchor="rm")
-    for value in ticks(x0, x1):
+    for value in draw.ticks(x0, x1):
         x = at(value, y0)[0]
         pen.line((x, bottom, x, bottom + 5 * s), "black", s)
         pen.text((x, bottom + 7 * s), f"{value:,.0f}", "black", face, anchor="mt")

@@ -6,6 +6,7 @@ Photos are uint8 [3, H, W]; every function that draws returns a PIL image. Small
 by a whole factor to at most `room` px, so that names fit on them; on large ones letters and lines
 grow. Pixels outside the objects and their labels stay those of the (enlarged) photo.
 """
+import math
 from functools import cache
 from pathlib import Path
 
@@ -139,6 +140,13 @@ class Labels:
         self.draw.rectangle((x, y, x + w - 1, y + h - 1), tuple(colour))
         self.draw.text((x + w / 2, y + h / 2), text, "white" if dark else "black", face,
                        anchor="mm")
+
+
+def ticks(low, high, count=5):
+    """Round numbers within low..high, about `count`: float [n]."""
+    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-12) / count))
+    step = next(step * f for f in (1, 2, 5, 10, 20) if (high - low) / (step * f) <= count)
+    return np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
 
 
 # -----------------------------------------------------------------------------

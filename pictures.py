@@ -25,12 +25,9 @@ def ruler(width, size, low, high):
     strip = Image.new("RGB", (width, 3 * size), "white")
     bar = draw.scale()[np.linspace(0, 255, width - 2 * size).astype(int)]
     strip.paste(Image.fromarray(bar[None].repeat(size, 0)), (size, size // 2))
-    step = 10.0 ** np.floor(np.log10(max(high - low, 1e-6)))
     wide = draw.font(size).getlength(f"{high:.4g} m") * 1.6 / (width - 2 * size)
-    step = next(step * f for f in (0.1, 0.2, 0.5, 1, 2, 5, 10) if step * f > (high - low) * wide
-                or f == 10)
     pen, right = ImageDraw.Draw(strip), 0
-    for value in np.arange(np.ceil(low / step - 1e-9), high / step + 1e-9) * step:
+    for value in draw.ticks(low, high, 1 / wide):
         x = size + (value - low) / max(high - low, 1e-9) * (width - 2 * size)
         text = f"{value:.4g} m"
         long = draw.font(size).getlength(text)

@@ -3979,7 +3979,7 @@ def test_curves():
         dot = at_b[at_b[:, 1] > picture.width - curves.RIGHT - 4]
         middle = (curves.TOP + curves.HEIGHT - curves.BOTTOM) / 2
         assert len(dot) and np.abs(dot[:, 0] - middle).max() < 5
-        assert np.allclose(curves.ticks(0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1])
+        assert np.allclose(draw.ticks(0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1])
         for run, word in ((at / "c", "not a log"), (at / "d", "cannot be read")):
             with raises(InputError, word):
                 curves.read_log(run)
