@@ -108,11 +108,11 @@ def to_tensor(image, path):
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
-def read_image(path, upright=True):
-    """Any photo -> uint8 [3, H, W], as to_tensor; EXIF rotation is applied if `upright`. A file
-    that cannot be read in full raises InputError with its name."""
+def read_image(path):
+    """Any photo -> uint8 [3, H, W], as to_tensor, turned as EXIF says. A file that cannot be read
+    in full raises InputError with its name."""
     with opened(path) as image:
-        return to_tensor(turned(image, orientation(image)) if upright else image, path)
+        return to_tensor(turned(image, orientation(image)), path)
 
 
 def as_photo(photo):
@@ -330,7 +330,7 @@ class Source:
         return part
 
 
-def read_photo(path, size, habit=lambda: True):
+def read_photo(path, size, habit):
     """Photo uint8 [3, H, W] whose labels are made for size = (H, W): upright or as stored: the
     one of this size. If both have it, habit() decides: are the labels of this data set for upright
     photos? InputError if neither has it."""
@@ -338,9 +338,8 @@ def read_photo(path, size, habit=lambda: True):
         number, stored = orientation(image), image.size[::-1]
         shown = stored[::-1] if number > 4 else stored
         upright = habit() if number > 1 and stored == shown else shown == tuple(size)
-        found = list(shown)
         if tuple(size) not in (stored, shown):
-            raise InputError(f"{path}: the photo has {found[0]} x {found[1]} pixels, its annotation"
+            raise InputError(f"{path}: the photo has {shown[0]} x {shown[1]} pixels, its annotation"
                              f" is for {size[0]} x {size[1]}")
         photo = to_tensor(turned(image, number) if upright else image, path)
     refuse_thin(photo, path)
