@@ -115,26 +115,17 @@ def losses_share(config, device, images=16, objects=20, kinds=80, size=640):
     targets = [{"labels": torch.randint(kinds, (objects,), device=device),
                 "boxes": torch.rand(objects, 4, device=device) / 2 + 0.1} for _ in range(images)]
 
-    def network():
+    def network(_):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             answers = net(photo, whole(config, photo).to(device), train=True)
         sum(x.float().square().mean() for x in answers).backward()
 
-    def matching_and_losses():
+    def matching_and_losses(_):
         flags = argparse.Namespace(queries=net.groups[0], many_queries=net.groups[1], repeats=6)
         group_losses(logits, boxes, targets, images * objects, flags).backward()
 
-    def seconds(work, rounds=3):
-        work()                                          # warm up
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        begun = time.perf_counter()
-        for _ in range(rounds):
-            work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - begun) / rounds
-    lost, step = seconds(matching_and_losses), images * seconds(network)
+    lost, step = (throughput.timed(work, device, 3)[1] for work in (matching_and_losses, network))
+    step *= images
     return {"losses_seconds": round(lost, 3), "network_seconds": round(step, 3),
             "losses_over_network": round(lost / step, 4)}
 
