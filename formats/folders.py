@@ -322,32 +322,31 @@ def read_metres(scale, record):
 def open_lists(root, on_error, scale):
     """BTS's format, where each line of a list names photo, depth map and (not used) focal length ->
     [training, validation], or None without a list of training photos."""
-    lists = [sorted(p for p in root.glob(f"*{s}_files_with_gt.txt") if p.name[0] != ".")
-             for s in ("train", "test")]
-    if not lists[0]:
-        return None
-    sources = []
-    for found, split in zip(lists, ("train", "test")):
-        records = []
-        for path in found[:1]:
-            lines = read_lines(path)
-            if not any(lines):
-                raise InputError(f"{path}: not a line in it")
-            for n, line in enumerate(lines, 1):
-                words = line.split()
-                if not words:
-                    continue
-                if len(words) < 2:
-                    raise InputError(f"{path}: line {n} does not name a photo and a depth map")
-                places = [[root / p / w.lstrip("/") for w in words[:2]]
-                          for p in (split, "", "sync", "train", "test")]
-                place = next((p for p in places if all(f.is_file() for f in p)), None)
-                if place:
-                    records.append(dict(photo=place[0], id=words[0], label=place[1]))
-                else:
-                    refuse(f"{path}: line {n}: {' or '.join(words[:2])} is not in {root}", on_error)
-        sources.append(Source(records, partial(read_metres, scale), kinect_frame=True))
-    return sources if lists[1] else hold_out(root, sources[0])
+    found = {}
+    for split in ("train", "test"):
+        path = min((p for p in root.glob(f"*{split}_files_with_gt.txt") if p.name[0] != "."),
+                   default=None)
+        if path is None:
+            break
+        records, lines = [], read_lines(path)
+        if not any(lines):
+            raise InputError(f"{path}: not a line in it")
+        for n, line in enumerate(lines, 1):
+            words = line.split()
+            if not words:
+                continue
+            if len(words) < 2:
+                raise InputError(f"{path}: line {n} does not name a photo and a depth map")
+            places = [[root / p / w.lstrip("/") for w in words[:2]]
+                      for p in (split, "", "sync", "train", "test")]
+            place = next((p for p in places if all(f.is_file() for f in p)), None)
+            if place:
+                records.append(dict(photo=place[0], id=words[0], label=place[1]))
+            else:
+                refuse(f"{path}: line {n}: {' or '.join(words[:2])} is not in {root}", on_error)
+        found[split] = path, records
+    read = partial(read_metres, scale)
+    return both_parts(root, found, read, kinect_frame=True) if found else None
 
 
 # -----------------------------------------------------------------------------
