@@ -9,11 +9,10 @@ from functools import partial
 
 import numpy as np
 import torch
-from torchvision import tv_tensors
 from tqdm import tqdm
 
 import toyworld
-from formats.files import InputError
+from formats.files import InputError, as_sample
 
 
 class Table:
@@ -69,8 +68,7 @@ class ToyWorld:
     """ToyWorld scenes as samples, drawn once when the data set is opened.
 
     split: "train" or "val"; size: px of a side; seed: see WORLD of toy_scenes.
-    keys: which annotations of toyworld.scene to keep besides the image. Samples hold tv_tensors, so
-    that torchvision's transforms move image, boxes, masks, labels and depth together.
+    keys: which annotations of toyworld.scene to keep besides the image.
     """
     classes = toyworld.CLASSES
     things = len(toyworld.THINGS)
@@ -86,12 +84,7 @@ class ToyWorld:
         return len(self.samples)
 
     def __getitem__(self, index):
-        sample = dict(self.samples[index])
-        canvas = sample["image"].shape[1:]
-        kinds = {"image": tv_tensors.Image, "boxes": partial(
-            tv_tensors.BoundingBoxes, format="XYXY", canvas_size=canvas)}
-        kinds |= dict.fromkeys(("semantic", "panoptic", "depth"), tv_tensors.Mask)
-        return {k: kinds[k](v) if k in kinds else v for k, v in sample.items()}
+        return as_sample(self.samples[index])
 
     def view(self, index, choose, size):
         """Like files.read_view, but the photo keeps its size: it is in memory already."""

@@ -8,6 +8,7 @@ import os
 import struct
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -290,15 +291,7 @@ class Source:
         image = read_photo(record["photo"], size, self.upright) if size else None
         labels, size = self.read(record)
         image = read_photo(record["photo"], size, self.upright) if image is None else image
-        sample = {"image": tv_tensors.Image(image)}
-        for key, value in labels.items():
-            value = torch.from_numpy(value)
-            if key == "boxes":
-                value = tv_tensors.BoundingBoxes(value, format="XYXY", canvas_size=size)
-            elif key in ("layers", "semantic", "panoptic", "depth"):
-                value = tv_tensors.Mask(value)
-            sample[key] = value
-        return sample
+        return as_sample({"image": image} | {k: torch.from_numpy(v) for k, v in labels.items()})
 
     def upright(self):
         """Whether the labels are for photos as EXIF turns them. Photos that change their shape when
@@ -328,6 +321,15 @@ class Source:
         part = copy.copy(self)
         part.records = [self.records[i] for i in indexes]
         return part
+
+
+def as_sample(tensors):
+    """A photo "image" and its labels, as torchvision's transforms move them together: what they
+    know as images, boxes or masks becomes one of the tv_tensors."""
+    boxes = partial(tv_tensors.BoundingBoxes, format="XYXY", canvas_size=tensors["image"].shape[1:])
+    kinds = dict.fromkeys(("layers", "semantic", "panoptic", "depth"), tv_tensors.Mask)
+    kinds |= {"image": tv_tensors.Image, "boxes": boxes}
+    return {k: kinds[k](v) if k in kinds else v for k, v in tensors.items()}
 
 
 def read_photo(path, size, habit):
