@@ -75,7 +75,8 @@ def rows(model, small, photo, answer, asked, queries):
     layout = layout.to(device)
     with recorded(net.glid.decoder) as seen, model.run.autocast():
         pixels = normalize(images.to(device))
-        raw = bins(net, pixels, layout) if model.task == "depth" else net(pixels, layout, *more)
+        ask = net.shares if model.task == "depth" else net
+        raw = ask(pixels, layout, *more)
     said = said_by(model, raw, layout, small)
     count = len(said.sure)
     chosen = queries or said.sure.argsort(descending=True, stable=True)[:SHOWN].tolist()
@@ -93,15 +94,6 @@ def rows(model, small, photo, answer, asked, queries):
     scales = [f"1/{config.patch << stage}" for stage in (3, 2, 1)]
     return draw.below([pictures.titled([said.show(q), *row], [said.name(q), *scales])
                        for q, row in zip(chosen, panels)])
-
-
-def bins(net, pixels, layout):
-    """DepthEstimator in parts: normalised pixels float [1, 3, H, W] -> middles of the bins [M] in
-    metres, share of each at each pixel [M, h, w] (Eq. 5 and 6)."""
-    x, maps = net.glid.ask(pixels, layout, net.offsets)
-    map4 = layout.to_grid(maps[0], 0)
-    logits = torch.einsum("bmd,bhwd->bmhw", net.embed(x[-1]), map4)
-    return net.bins(x[-1])[0].cpu(), logits.float().softmax(1)[0].cpu()
 
 
 def said_by(model, raw, layout, small):
@@ -127,7 +119,7 @@ def said_by(model, raw, layout, small):
             sure=best, name=lambda q: f"query {q}: {model.classes[label[q]]} {best[q]:.2f}",
             show=lambda q: draw.boxes(small, box[[q]], label[[q]], [""], room))
     if model.task == "depth":
-        middle, share = raw
+        middle, share = (x[0].cpu() for x in raw)
         return SimpleNamespace(                 # the surest are those that cover most of the photo
             sure=share.mean((1, 2)), name=lambda q: f"query {q}: {middle[q]:.2f} m",
             show=lambda q: pictures.heat(small, enlarged(share[q]).clamp(min=0), room))

@@ -587,14 +587,19 @@ class DepthEstimator(nn.Module):
         middle = length.cumsum(-1) - length / 2             # all bins before it and half of its own
         return self.min_depth + (self.max_depth - self.min_depth) * middle  # Eq. 5
 
-    def forward(self, images, layout):
-        """-> depth in metres, float [B, H, W] at 1/4 of the padded canvas."""
+    def shares(self, images, layout):
+        """-> centres of the bins [B, M], and the share of each at each pixel, float [B, M, H, W] at
+        1/4 of the padded canvas (Eq. 6)."""
         x, maps = self.glid.ask(images, layout, self.offsets)
         x, map4 = x[-1], layout.to_grid(maps[0], 0)         # [B, M, D], f^b [B, H, W, D]
         logits = torch.einsum("bmd,bhwd->bmhw", self.embed(x), map4)
-        share = logits.float().softmax(1)                   # Eq. 6: of each bin at each pixel
+        return self.bins(x), logits.float().softmax(1)      # Eq. 6
+
+    def forward(self, images, layout):
+        """-> depth in metres, float [B, H, W] at 1/4 of the padded canvas."""
+        centre, share = self.shares(images, layout)
         # Eq. 7; not an einsum, which autocast would round to bf16: steps of 3 cm at 5 m
-        return (self.bins(x)[:, :, None, None] * share).sum(1)
+        return (centre[:, :, None, None] * share).sum(1)
 
 
 class PoseEstimator(nn.Module):
