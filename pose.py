@@ -393,8 +393,8 @@ class Pose:
     Test: (epoch, photo) -> dict of all its persons, so that NMS can find doubles: images uint8
     [P, 3, H, W], back [P, 2, 3] from crop to the photo's pixels as annotations count them, area [P]
     of the views, scores [P] of the boxes, truth for AveragePrecision, id, index. The boxes are the
-    ground truth with score 1, or `boxes` from read_boxes. ViTPose tests with a detector's boxes; AP
-    is higher with the ground truth's.
+    ground truth with score 1, or those of a detector's file `boxes`. ViTPose tests with a
+    detector's boxes; AP is higher with the ground truth's.
     """
 
     def __init__(self, source, train, size, seed, augment=(0.5, 40.0), boxes=None, pairs=None,
@@ -411,8 +411,8 @@ class Pose:
         self.category_ids = source.category_ids[:1] if toy else source.category_ids
         self.kinds = source.classes[:1] if toy else source.classes
         self.truths = [persons(source.labels(i)) for i in range(len(source))]
-        self.boxes = boxes or [(t["boxes"][~t["iscrowd"]], np.ones(int((~t["iscrowd"]).sum())))
-                               for t in self.truths]
+        self.boxes = read_boxes(boxes, source.ids, set(self.category_ids)) if boxes else [
+            (t["boxes"][~t["iscrowd"]], np.ones(int((~t["iscrowd"]).sum()))) for t in self.truths]
         self.counts = [len(b) for b, _ in self.boxes]                       # persons of a photo
         self.people = [(i, k) for i, t in enumerate(self.truths) for k in range(len(t["boxes"]))
                        if not t["iscrowd"][k] and (t["keypoints"][k, :, 2] > 0).any()
@@ -462,12 +462,10 @@ def open_pose(path, size, fraction=1.0, seed=0, overfit=False, boxes=None, augme
     """
     keys = ["boxes", "classes", "area", "keypoints"]
     train, val = open_sources(path, TOY_PHOTO, keys, fraction, overfit, **reading)
-    kinds = val.category_ids[:1] if isinstance(val, ToyWorld) else val.category_ids
-    found = read_boxes(boxes, val.ids, set(kinds)) if boxes else None
     train = Pose(train, True, size, seed, None if overfit else augment, pairs=pairs, flip=flip)
     if flip and not overfit and not pairs:
         require_sides(path, train.joints, train.flip, [t["keypoints"] for t in train.truths])
-    return [train, Pose(val, False, size, seed, boxes=found, pairs=pairs, flip=flip)]
+    return [train, Pose(val, False, size, seed, boxes=boxes, pairs=pairs, flip=flip)]
 
 
 def collate_photos(config, samples):
