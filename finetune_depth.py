@@ -46,7 +46,7 @@ def flags():
     parser = training.Parser(__doc__)
     training.add_flags(parser)
     training.add_finetune_flags(parser)
-    _, data, model, optimiser, evaluation = parser.adders()
+    _, data, model, optimiser, evaluation = parser.adders
     positive, rate = training.POSITIVE, training.RATE
     data("--depth-scale", type=training.number(float, 1e-3, 1e6), default=1000.0,
          help="values of a depth PNG per metre")

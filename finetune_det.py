@@ -43,7 +43,7 @@ def flags():
     parser = training.Parser(__doc__)
     training.add_flags(parser)
     training.add_finetune_flags(parser)
-    _, _, model, optimiser, evaluation = parser.adders()
+    _, _, model, optimiser, evaluation = parser.adders
     positive = training.POSITIVE
     model("--size", type=training.PIXELS, default=800, help="px, shortest side at test, the "
           "largest shortest side at training")

@@ -53,7 +53,7 @@ def flags():
     parser = training.Parser(__doc__)
     training.add_flags(parser)
     training.add_finetune_flags(parser)
-    _, data, model, optimiser, evaluation = parser.adders()
+    _, data, model, optimiser, evaluation = parser.adders
     positive, rate = training.POSITIVE, training.RATE
     data("--zoom", type=training.number(float, 0, 0.9), default=0.5,
          help="spread of the crop's scale around 1")

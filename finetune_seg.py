@@ -67,7 +67,7 @@ def flags():
     parser = training.Parser(__doc__)
     training.add_flags(parser)
     training.add_finetune_flags(parser)
-    _, data, model, optimiser, evaluation = parser.adders()
+    _, data, model, optimiser, evaluation = parser.adders
     positive, share = training.POSITIVE, training.number(float, 0, 1)
     label = training.number(int, 0, 65535)
     data("--first-label", type=label, help="in a folder of label PNGs, the first class's value; "

@@ -43,7 +43,7 @@ def flags():
     """The command line; defaults are the paper's recipe."""
     parser = training.Parser(__doc__)
     training.add_flags(parser)
-    _, data, model, optimiser, evaluation = parser.adders()
+    _, data, model, optimiser, evaluation = parser.adders
     data("--mask", choices=["random", "block", "grid"], default="random", help="which units are "
          "hidden (Table 7)")
     data("--mask-ratio", type=training.number(float, 0, 1), default=0.75,

@@ -41,24 +41,20 @@ OLDEST = {"Python": (3, 10), "torch": (2, 6)}   # what is tested, as requirement
 # Command line
 
 
+GROUPS = ("what to run", "data", "model", "optimiser", "evaluation")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with the flags in GROUPS, which keeps the paragraphs of a script's docstring, shows
-    each default and complains in one line, with exit code 2."""
+    each default and complains in one line, with exit code 2. adders: each group's add_argument."""
 
     def __init__(self, description):
         super().__init__(usage="%(prog)s [FLAGS]", description=description,
                          formatter_class=Help)
-        self.groups = {name: self.add_argument_group(name) for name in GROUPS}
-
-    def adders(self):
-        """The function add_argument of each group, in the order of GROUPS."""
-        return [group.add_argument for group in self.groups.values()]
+        self.adders = [self.add_argument_group(name).add_argument for name in GROUPS]
 
     def error(self, message):
         self.exit(2, f"error: {message}\n")
-
-
-GROUPS = ("what to run", "data", "model", "optimiser", "evaluation")
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -96,7 +92,7 @@ RATE, SHARE = number(float, 0, above=True), number(float, 0, 1, above=True)
 
 def add_flags(parser):
     """The flags of all scripts. The defaults are the paper's; --preset tiny changes some."""
-    run, data, model, optimiser, _ = parser.adders()
+    run, data, model, optimiser, _ = parser.adders
     run("--preset", choices=PRESETS, default="base", help="sizes of the model and a recipe for "
         "two CPU cores (tiny), one GPU (small); base and large are the paper's")
     run("--out", help="folder of checkpoints, log and pictures")
@@ -127,7 +123,7 @@ def add_flags(parser):
 
 def add_finetune_flags(parser):
     """What stage 2 adds."""
-    _, data, model, optimiser, _ = parser.adders()
+    _, data, model, optimiser, _ = parser.adders
     data("--data-fraction", type=SHARE, default=1.0, help="share of the training set (Table 8)")
     data("--overfit", action="store_true", help="train and validate on the same images, not "
          "augmented; a test of the code: the metric must become near-perfect")
