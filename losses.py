@@ -141,9 +141,14 @@ def detection_loss(class_logits, boxes, targets, num_objects, repeats=1):
 
 def sample_points(maps, points):
     """Bilinear values of maps [M, H, W] at points [M, P, 2] = (x, y) in 0..1 -> [M, P]."""
+    return sample_channels(maps[:, None], points)[:, 0]
+
+
+def sample_channels(maps, points):
+    """maps [B, C, H, W] at points [B, P, 2] shared by the channels -> [B, C, P]."""
+    grid = 2 * points[:, None] - 1                                          # [B, 1, P, 2]
     # "border": zeros outside would make every edge of the photo look undecided
-    grid = 2 * points[:, None] - 1                                          # [M, 1, P, 2]
-    return F.grid_sample(maps[:, None], grid, padding_mode="border", align_corners=False)[:, 0, 0]
+    return F.grid_sample(maps, grid, padding_mode="border", align_corners=False)[:, :, 0]
 
 
 def pairwise_mask_cost(logits, masks):
@@ -265,17 +270,11 @@ def segmentation_cost(class_logits, mask_logits, labels, masks, scale, points):
     p = class_logits.softmax(-1)
     cost = {"class": -2 * p.gather(3, labels[None, :, None].expand(layers, b, q, n))}
     at = torch.rand(b, points, 2, device=labels.device) * scale[:, None]    # [B, P, 2]
-    truth = _sample_channels(masks.float(), at)                             # [B, N, P]
+    truth = sample_channels(masks.float(), at)                             # [B, N, P]
     # one layer at a time: [B, Q, P] of all layers would be the largest tensor of the whole step
-    terms = [pairwise_mask_cost(_sample_channels(m, at), truth) for m in mask_logits]
+    terms = [pairwise_mask_cost(sample_channels(m, at), truth) for m in mask_logits]
     cost["mask"], cost["dice"] = (5 * torch.stack(t) for t in zip(*terms))
     return cost
-
-
-def _sample_channels(maps, points):
-    """maps [B, C, H, W] at points [B, P, 2] shared by the channels -> [B, C, P]."""
-    grid = 2 * points[:, None] - 1                                          # [B, 1, P, 2]
-    return F.grid_sample(maps, grid, padding_mode="border", align_corners=False)[:, :, 0]
 
 
 def pad_masks(masks, canvas):
