@@ -393,11 +393,6 @@ class GLID(nn.Module):
         """Normalised images and their layout -> BiFPN maps, 4 x packed [T, D]."""
         return self.bifpn(self.backbone(self.tokens(images, layout), layout), layout)
 
-    def decode(self, queries, maps, layout, self_mask=None, every_layer=False,
-               images=slice(None)):
-        """See Decoder.forward."""
-        return self.decoder(queries, maps, layout, self_mask, every_layer, images)
-
     def ask(self, images, layout, offsets, self_mask=None, every_layer=False):
         """Fine-tuning's forward pass: M queries [CLS] + e_i (Eq. 3) ask about each image.
 
@@ -413,7 +408,7 @@ class GLID(nn.Module):
         queries = (self.decoder.cls + offsets).expand(count, -1, -1)                    # Eq. 3
         if count == 0:                          # nothing to ask, but the e_i stay in the graph
             return queries[None]
-        return self.decode(queries, maps, layout, self_mask, every_layer, images)
+        return self.decoder(queries, maps, layout, self_mask, every_layer, images)
 
 
 def split_units(images, unit):
@@ -478,7 +473,7 @@ class Pretrainer(nn.Module):
         # the unit's position, in the coordinates of the keys, is added to [M] once, at the input
         queries = self.mask_token + layout.hidden_position(len(cls))        # [B * N, D]
         queries = torch.cat([cls.expand(b, 1, -1), queries.view(b, -1, len(cls))], 1)
-        x = self.glid.decode(queries, maps, layout)[-1]                     # [B, 1 + N, D]
+        x = self.glid.decoder(queries, maps, layout)[-1]                     # [B, 1 + N, D]
         return self.head(x[:, 1:]), self.target(images, layout.hidden)
 
 

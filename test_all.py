@@ -1835,7 +1835,7 @@ def test_pose_heatmaps_are_equation_8():
         alone = whole(TINY, small)
         features = net.glid.encode(small, alone)
         queries = (net.glid.decoder.cls + net.offsets)[None]
-        x = net.embed(net.glid.decode(queries, features, alone)[-1])[0]     # [17, D]
+        x = net.embed(net.glid.decoder(queries, features, alone)[-1])[0]     # [17, D]
         expected = (x[:, None, None] * alone.to_grid(features[0], 0)[0]).mean(-1)
         for found in (net(small, alone)[0], net(images, tokens)[1, :, :24, :16]):
             assert_close(found, expected, 1e-4)
