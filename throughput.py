@@ -11,6 +11,7 @@ import copy
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -168,10 +169,8 @@ def pretraining_on_card(config, state, batch, rounds, peak):
         for p in [*objective.parameters(), *dense.parameters()]:
             p.grad = torch.zeros_like(p)
         optimizer = torch.optim.AdamW(objective.parameters(), 1e-5, fused=True)
-        for name, net, work in (
-                ("dense", dense, lambda r, net=dense: run_dense(net, r)),
-                ("step", objective,
-                 lambda r, net=objective, opt=optimizer: run_step(net, opt, r))):
+        for name, net, work in (("dense", dense, partial(run_dense, dense)),
+                                ("step", objective, partial(run_step, objective, optimizer))):
             if compiled:
                 compile_whole(net, YES, state)
             else:
