@@ -103,12 +103,9 @@ def pixels(part, source, args):
     step = -(-len(source) // LOOKED_AT)
     count, seen = np.zeros(256, np.int64), 0
     for i in range(0, len(source), step):
-        try:
+        with contextlib.suppress(*[InputError] * (args.on_error == "skip")):
             count += np.bincount(source.labels(i)["semantic"].flatten().numpy(), minlength=256)
             seen += 1
-        except InputError:
-            if args.on_error == "stop":
-                raise
     none, total = count[IGNORE] / max(1, count.sum()), count.sum()
     found = [f"{part}: pixels of {seen} of {len(source)} label maps: no class {none:.1%}, "
              f"{shares(source.classes, count[:IGNORE], total)}"]

@@ -143,9 +143,8 @@ def count_values(root, records, on_error):
     count = np.zeros(2 ** 16, np.int64)
     for record in tqdm(records, desc=f"looking for the classes of {root} (classes.txt saves this)",
                        leave=False, disable=None):
-        with contextlib.ExitStack() as stack:
-            if on_error == "skip":                          # it is reported when it is read
-                stack.enter_context(contextlib.suppress(InputError))
+        # with "skip", what is broken is reported when it is read
+        with contextlib.suppress(*[InputError] * (on_error == "skip")):
             count += np.bincount(read_labels(record["label"]).ravel(), minlength=2 ** 16)
     return count
 
