@@ -236,16 +236,14 @@ def panoptic(photo, ids, classes, names, things, room=ROOM):
     """Segment ids [H, W], 0 = void, and {id: class}: every thing in a bright colour of its own,
     stuff in the dark colour of its class."""
     listed, ids = sorted(classes), np.asarray(ids)
-    numbers = np.append(np.searchsorted(listed, ids.ravel()) + 1, 0)[:-1].reshape(ids.shape) \
-        if listed else np.zeros(ids.shape, np.int64)
+    numbers = np.where(ids > 0, np.searchsorted(listed, ids) + 1, 0)
     objects, colours = 0, []
     for i in listed:
         thing = classes[i] < things
         colours.append(HUES[objects % 7] if thing else palette()[classes[i]] * 0.6)
         objects += thing
-    return regions(photo, np.where(ids > 0, numbers, 0),
-                   np.array(colours).reshape(-1, 3).astype(np.uint8).tolist(),
-                   [names[classes[i]] for i in listed], room)
+    colours = np.array(colours).reshape(-1, 3).astype(np.uint8).tolist()
+    return regions(photo, numbers, colours, [names[classes[i]] for i in listed], room)
 
 
 def depth_range(depth, share=0.0):
