@@ -492,7 +492,7 @@ def coco_files(root, word):
     train/_annotations.coco.json beside its photos (Roboflow). A single file that names no part,
     such as result.json, holds both parts.
     """
-    parts = [root / s for names in SPLITS.values() for s in names]
+    parts = [root / s for s in sum(SPLITS.values(), ())]
     every = [p for place in (root / "annotations", root, *parts)
              for p in sorted(place.glob("*.json")) if p.name[0] != "."]
     found = [p for p in every if word in p.name.lower()]
@@ -525,6 +525,5 @@ def names_part(path, root):
     words = [w.removesuffix("set") for w in words]
     if path.parent.parent == root and path.parent.name != "annotations":
         words.append(path.parent.name.lower())
-    every = [s for names in SPLITS.values() for s in names]
-    return next((s for s in every for w in words if w in (s, f"{s}val", f"mini{s}", f"{s}dev")),
-                None)
+    return next((s for s in sum(SPLITS.values(), ()) for w in words
+                 if w in (s, f"{s}val", f"mini{s}", f"{s}dev")), None)
