@@ -21,17 +21,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from formats.drawn import ToyWorld, toy_scenes
-from formats.files import (
-    IGNORE,
-    LABELS,
-    PHOTOS,
-    SPLITS,
-    InputError,
-    list_images,
-    read_image,
-    read_view,
-)
-from formats.folders import DEPTHS, open_folder, readable, split_folders, subfolder
+from formats.files import IGNORE, InputError, list_images, read_image, read_view
+from formats.folders import open_folder, photo_folders, readable
 from formats.masks import unstack
 from tokens import Layout, row_budget
 
@@ -211,22 +202,6 @@ def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="
         sources[1] = readable(sources[1])
     return [Pretraining(s, train, config.image_size, config.unit, mask, ratio, seed)
             for s, train in zip(sources, (True, False))]
-
-
-def photo_folders(root):
-    """Where a folder's training and validation photos are, see open_pretraining; None: no such
-    part."""
-    found = []
-    for split in ("train", "val"):
-        plain = [subfolder(root, s) for s in SPLITS[split]]
-        pairs = split_folders(root, split, PHOTOS, LABELS + DEPTHS)
-        places = (photos if photos and (labels or not p) else p
-                  for p, (photos, labels) in zip(plain, pairs))
-        found.append(next(filter(None, places), None))
-    if found[0]:
-        return found
-    [(photos, labels)] = split_folders(root, None, PHOTOS, LABELS + DEPTHS)
-    return photos if photos and labels else root, None
 
 
 def hold_out(files):

@@ -79,6 +79,22 @@ def split_folders(root, split, *groups):
             for part in SPLITS.get(split, ("",))]
 
 
+def photo_folders(root):
+    """Where a folder's training and validation photos are, see data.open_pretraining; None: no such
+    part."""
+    found = []
+    for split in ("train", "val"):
+        plain = [subfolder(root, s) for s in SPLITS[split]]
+        pairs = split_folders(root, split, PHOTOS, LABELS + DEPTHS)
+        places = (photos if photos and (labels or not p) else p
+                  for p, (photos, labels) in zip(plain, pairs))
+        found.append(next(filter(None, places), None))
+    if found[0]:
+        return found
+    [(photos, labels)] = split_folders(root, None, PHOTOS, LABELS + DEPTHS)
+    return photos if photos and labels else root, None
+
+
 def find_pairs(root, photo_words, label_words, on_error):
     """{split: (folder of labels, records with photo, id and label)}; {} if the format is another.
     Photo and PNG have the same name but for the ending. Without train/ and val/ the split is
