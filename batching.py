@@ -79,15 +79,12 @@ def schedule(length, args, run):
     return args.steps or args.epochs * per_epoch
 
 
-def share(length, args, run):
-    """Lists of (0, index) of this process for evaluation: every sample once, on one process."""
-    mine = [(0, i) for i in range(run.rank, length, run.world)]
-    return [mine[i:i + args.batch_size] for i in range(0, len(mine), args.batch_size)]
+def share(counts, args, run):
+    """Lists of (0, index) of this process for evaluation: every sample once, on one process.
 
-
-def share_crowded(counts, args, run):
-    """Like share(), for photos of counts[i] persons each: a list holds at most --batch-size
-    persons, or one photo that has more, so that memory stays bounded."""
+    counts: persons of each photo, for other tasks 1. A list holds at most --batch-size of them, or
+    one photo that has more, so that memory stays bounded.
+    """
     lists, persons = [], math.inf
     for i in range(run.rank, len(counts), run.world):
         if persons + counts[i] > args.batch_size:

@@ -126,7 +126,7 @@ def evaluate(model, dataset, args, run, path=None):
     """
     model.eval()
     metric, rows = DepthErrors(args.min_depth, args.max_depth), []
-    batches = batching.share(len(dataset), args, run)
+    batches = batching.share([1] * len(dataset), args, run)
     loader = batching.loader(dataset, batches, collate, model.glid.config, args, run)
     for batch in loader:
         images, layout, targets = batch.to("cpu")

@@ -89,7 +89,7 @@ def evaluate(model, dataset, args, run, path=None):
     """AveragePrecision.result of the validation set, a dict; draws the first images to `path`."""
     model.eval()
     metric, rows = AveragePrecision("box", range(len(dataset.classes))), []
-    batches = batching.share(len(dataset), args, run)
+    batches = batching.share([1] * len(dataset), args, run)
     loader = batching.loader(dataset, batches, collate, model.glid.config, args, run)
     for batch in loader:
         images, layout, targets = batch.to("cpu")

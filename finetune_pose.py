@@ -115,7 +115,7 @@ def evaluate(model, dataset, args, run, path=None):
     """
     model.eval()
     metric, rows = AveragePrecision("keypoint", [PERSON], sigmas=dataset.sigmas), []
-    batches = batching.share_crowded(dataset.counts, args, run)
+    batches = batching.share(dataset.counts, args, run)
     loader = batching.loader(dataset, batches, collate_photos, model.glid.config, args, run)
     for batch in loader:
         crops, photos = batch.to("cpu")

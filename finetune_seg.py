@@ -263,7 +263,7 @@ def evaluate(model, dataset, args, run, path=None):
     tasks ask about the same encoded image. Picture of the first images at `path`."""
     model.eval()
     metrics, rows = {t: new_metric(t, dataset) for t in args.tasks}, []
-    batches = batching.share(len(dataset), args, run)
+    batches = batching.share([1] * len(dataset), args, run)
     loader = batching.loader(dataset, batches, collate, model.glid.config, args, run)
     for batch in loader:
         images, layout, truths = batch.to("cpu")

@@ -77,7 +77,7 @@ def evaluate(model, dataset, args, run):
     """Mean squared error per target value over the whole validation set, all processes."""
     model.eval()
     total, count = 0.0, 0
-    batches = batching.share(len(dataset), args, run)
+    batches = batching.share([1] * len(dataset), args, run)
     loader = batching.loader(dataset, batches, collate_pretraining, model.glid.config, args, run)
     for batch in loader:
         images, layout = batch.to(run.device)

@@ -919,7 +919,7 @@ def test_batches_do_not_depend_on_processes():
     for world in (1, 2, 3):                                 # an evaluation visits each once
         args, runs = argparse.Namespace(batch_size=2), [training.Run(None, r, world)
                                                         for r in range(world)]
-        ids = sum((sum(batching.share(7, args, run), []) for run in runs), [])
+        ids = sum((sum(batching.share([1] * 7, args, run), []) for run in runs), [])
         assert sorted(ids) == [(0, i) for i in range(7)]
 
 
@@ -1950,7 +1950,7 @@ def test_perfect_heatmaps_score_1():
     counts = [3, 0, 5, 1, 1, 9, 0, 0, 2]
     args = args_for(finetune_pose, "--workers", 0, "--batch-size", 4)
     for rank, share in enumerate(([0, 2, 4, 6, 8], [1, 3, 5, 7])):          # every photo once
-        lists = batching.share_crowded(counts, args, training.Run(torch.device("cpu"), rank, 2))
+        lists = batching.share(counts, args, training.Run(torch.device("cpu"), rank, 2))
         assert all(len(x) == 1 or sum(counts[i] for _, i in x) <= 4 for x in lists)
         assert [i for x in lists for _, i in x] == share
     train, val = pose.open_pose("toyworld:16", (128, 96), overfit=True)
