@@ -47,7 +47,7 @@ import pretrain
 import toyworld
 import training
 from attention import attention
-from data import InputError
+from formats.files import InputError, replacing
 from launch import Stopped, launch
 
 SEGMENTATION = ("semantic", "instance", "panoptic")
@@ -209,8 +209,8 @@ def do(fit, commit):
         seconds = round(found.get("seconds", 0) + time.perf_counter() - begun, 1)
         content = {"script": fit.script, "flags": fit.argv, "seconds": seconds, "resumed":
                    bool(resume), "device": device(), "commit": " ".join(commits)} | more
-        (out / "run.tmp").write_text(json.dumps(content) + "\n", encoding="utf-8")
-        os.replace(out / "run.tmp", out / "run.json")
+        with replacing(out / "run.json") as temporary:
+            temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
     try:
         with open(out / "output.txt", "a", encoding="utf-8") as file, \
                 contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
