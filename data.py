@@ -83,10 +83,9 @@ def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop",
     arguments of open_folder. Raises InputError if the data set cannot be read.
     """
     if scenes := toy_scenes(path, 256):
-        train, val, world = scenes
-        sources = [ToyWorld(split, n, size, world, keys) for split, n in
-                   (("train", max(1, round(fraction * train))), ("val", val))]
-        return [sources[0], sources[0]] if overfit else sources
+        count, val, world = scenes
+        train = ToyWorld("train", max(1, round(fraction * count)), size, world, keys)
+        return [train, train if overfit else ToyWorld("val", val, size, world, keys)]
     train, val = open_folder(path, keys, on_error, **reading)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     train = train.subset(sorted(order[:max(1, round(fraction * len(train)))].tolist()))
