@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import sigmoid_focal_loss
 
 # -----------------------------------------------------------------------------
@@ -28,11 +29,6 @@ def reconstruction_loss(prediction, target):
 
 # -----------------------------------------------------------------------------
 # Matching
-
-
-def pad_targets(tensors, value=0):
-    """List of B tensors [N_b, ...] of the same trailing shape -> [B, max N_b, ...]."""
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
 
 @torch.no_grad()
@@ -120,8 +116,8 @@ def detection_loss(class_logits, boxes, targets, num_objects, repeats=1):
     """
     class_logits, boxes = class_logits.float(), boxes.float()
     counts = [len(t["labels"]) for t in targets]
-    labels = pad_targets([t["labels"] for t in targets])                    # [B, N]
-    truth = pad_targets([t["boxes"] for t in targets])                      # [B, N, 4]
+    labels = pad_sequence([t["labels"] for t in targets], batch_first=True)  # [B, N]
+    truth = pad_sequence([t["boxes"] for t in targets], batch_first=True)   # [B, N, 4]
     layer, image, query, obj = hungarian(detection_cost(class_logits, boxes, labels, truth),
                                          counts, repeats)
     answer = torch.zeros_like(class_logits)
@@ -211,7 +207,7 @@ def segmentation_loss(class_logits, mask_logits, targets, canvas, num_objects, p
     device, counts = class_logits.device, [len(t["labels"]) for t in targets]
     scale = sampled_share([t["masks"].shape[-2:] for t in targets], canvas,
                           mask_logits.shape[-2:]).to(device)                # [B, 2] x, y
-    labels = pad_targets([t["labels"] for t in targets])                    # [B, N]
+    labels = pad_sequence([t["labels"] for t in targets], batch_first=True)  # [B, N]
     masks = pad_masks([t["masks"] for t in targets], canvas)                # [B, N, H, W]
 
     layer = image = query = obj = torch.empty(0, dtype=torch.long, device=device)      # [M]
