@@ -35,12 +35,9 @@ def derive_seed(*numbers):
 @contextlib.contextmanager
 def seeded(*numbers):
     """torch's CPU generator, which torchvision's transforms use, seeded inside the block only."""
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(derive_seed(*numbers))  # GPUs keep theirs
-    try:
+    with torch.random.fork_rng(devices=[]):                 # GPUs keep theirs
+        torch.default_generator.manual_seed(derive_seed(*numbers))
         yield
-    finally:
-        torch.set_rng_state(before)
 
 
 # -----------------------------------------------------------------------------
