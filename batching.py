@@ -41,9 +41,6 @@ class Batches:
         self.length, self.run, self.start, self.stop = length, run, start, stop
         self.total = self.size * run.world * self.accumulate
 
-    def __len__(self):
-        return (self.stop - self.start) * self.accumulate
-
     def __iter__(self):
         per_epoch, epoch_of_order = self.length // self.total, None
         for step in range(self.start, self.stop):
