@@ -370,8 +370,7 @@ class Segmentation:
         sample = self.source[index]
         if not self.train:
             image = self.transform({"image": sample["image"]})["image"]
-            return sample | {"image": image, "index": index,
-                             "original": sample["image"].shape[-2:]}
+            return sample | {"image": image, "index": index, "original": sample["image"].shape[-2:]}
         with seeded(self.seed, epoch, index):
             sample = self.transform(sample)
         task = self.tasks[(epoch + index) % len(self.tasks)]
@@ -466,8 +465,7 @@ class Detection:
 
 def open_detection(path, size, fraction=1.0, overfit=False, seed=0, flip=True, **reading):
     """(training set, validation set) of Detection samples; see open_sources."""
-    sources = open_sources(path, size, ["boxes", "classes", "area"], fraction, overfit,
-                           **reading)
+    sources = open_sources(path, size, ["boxes", "classes", "area"], fraction, overfit, **reading)
     return [Detection(s, train, train and not overfit, size, seed, flip)
             for s, train in zip(sources, (True, False))]
 

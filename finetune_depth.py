@@ -55,8 +55,7 @@ def flags():
     model("--queries", type=positive, default=64, help="M, the number of bins [paper]")
     model("--min-depth", type=rate, default=1e-3, help="metres: where the first bin begins")
     model("--max-depth", type=rate, default=10.0, help="metres: where the last bin ends")
-    optimiser("--weight-decay", type=training.number(float, 0), default=0.01,
-              help="BinsFormer's")
+    optimiser("--weight-decay", type=training.number(float, 0), default=0.01, help="BinsFormer's")
     optimiser("--clip", type=rate, default=35.0, help="gradient norm; BinsFormer's")
     evaluation("--eval-every", type=positive, default=1600, help="steps between evaluations")
     evaluation("--eigen-crop", action="store_true", help="grade NYU's usual window of 480 x 640 "
@@ -170,8 +169,7 @@ def words(errors):
 
 def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
     """Evaluate, draw, save. Returns the errors of the best checkpoint so far, lowest REL first."""
-    path = Path(args.out, "samples", f"{step:06d}.png")
-    errors = evaluate(model, val, args, run, path)
+    errors = evaluate(model, val, args, run, Path(args.out, "samples", f"{step:06d}.png"))
     log.write(step=step, **errors)
     is_best = best is None or not errors["REL"] > best["REL"]          # the first one even if NaN
     best = errors if is_best else best

@@ -55,8 +55,7 @@ def flags():
               help="as pre-training, and three of H-DETR's Swins; most of its others have 1e-4")
     optimiser("--clip", type=training.RATE, default=0.1, help="gradient norm")
     evaluation("--eval-every", type=positive, default=5000, help="steps between evaluations")
-    parser.set_defaults(batch_size=2, out="out/detection", lr=2e-4, backbone_lr=0.1,
-                        drop_path=0.2)
+    parser.set_defaults(batch_size=2, out="out/detection", lr=2e-4, backbone_lr=0.1, drop_path=0.2)
     return parser
 
 
@@ -127,8 +126,7 @@ def build(args, classes, run):
 
 def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
     """Evaluate, draw, save. Returns the best AP so far."""
-    path = Path(args.out, "samples", f"{step:06d}.png")
-    result = evaluate(model, val, args, run, path)
+    result = evaluate(model, val, args, run, Path(args.out, "samples", f"{step:06d}.png"))
     log.write(step=step, **{k: result[k] for k in HEADLINE})
     is_best = best is None or not result["AP"] < best                  # the first one even if NaN
     best = result["AP"] if is_best else best
@@ -166,8 +164,7 @@ def main(args):
 
     training.compile_blocks(model, args, run)
     ddp = run.wrap(model)                               # averages gradients over the processes
-    loader = batching.training_loader(train, args, run, step, steps, collate,
-                                      model.glid.config)
+    loader = batching.training_loader(train, args, run, step, steps, collate, model.glid.config)
     log = training.Log(args, run, step, ungraded)
     with training.Progress(step, steps, "detection", loader, run, total_batch) as bar:
         model.train()

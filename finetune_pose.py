@@ -184,8 +184,7 @@ def main(args):
 
     training.compile_blocks(model, args, run)
     ddp = run.wrap(model)                               # averages gradients over the processes
-    loader = batching.training_loader(train, args, run, step, steps, collate,
-                                      model.glid.config)
+    loader = batching.training_loader(train, args, run, step, steps, collate, model.glid.config)
     log = training.Log(args, run, step, ungraded)
     with training.Progress(step, steps, "pose", loader, run, total_batch) as bar:
         model.train()

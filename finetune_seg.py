@@ -81,8 +81,7 @@ def flags():
           "number or one for each of --tasks (default: 100, but 200 for instance and panoptic "
           "[paper])")
     optimiser("--points", type=positive, default=12544, help="sampled points per mask")
-    optimiser("--weight-decay", type=training.number(float, 0), default=0.05,
-              help="Mask2Former's")
+    optimiser("--weight-decay", type=training.number(float, 0), default=0.05, help="Mask2Former's")
     optimiser("--clip", type=training.RATE, default=0.01, help="gradient norm; Mask2Former's")
     evaluation("--eval-every", type=positive, default=5000, help="steps between evaluations")
     evaluation("--object-threshold", type=share, default=0.8, help="panoptic: least p(class) of a "

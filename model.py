@@ -334,8 +334,7 @@ class Decoder(nn.Module):
                                     for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.dim)
 
-    def forward(self, queries, maps, layout, self_mask=None, every_layer=False,
-                images=slice(None)):
+    def forward(self, queries, maps, layout, self_mask=None, every_layer=False, images=slice(None)):
         """queries [B, Q, D], maps from the BiFPN -> [L, B, Q, D], L = 1 unless every_layer.
 
         self_mask: bool [Q, Q], True = may look. images: a slice of the layout's images; the queries

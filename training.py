@@ -49,8 +49,7 @@ class Parser(argparse.ArgumentParser):
     each default and complains in one line, with exit code 2. adders: each group's add_argument."""
 
     def __init__(self, description):
-        super().__init__(usage="%(prog)s [FLAGS]", description=description,
-                         formatter_class=Help)
+        super().__init__(usage="%(prog)s [FLAGS]", description=description, formatter_class=Help)
         self.adders = [self.add_argument_group(name).add_argument for name in GROUPS]
 
     def error(self, message):
