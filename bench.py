@@ -23,6 +23,7 @@ FOLDER holds imagenet/, photos/ (loose ones), coco/, ADEChallengeData2016/ and n
 formats, or some of them; without it, 640 px ToyWorld photos are written to a temporary folder.
 """
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -341,7 +342,9 @@ def main(args):
     if "card" in args.parts:
         if device.type != "cuda":
             raise data.InputError("card: torch sees no CUDA card here")
-        result |= throughput.card(config, Run(device, dtype=precision(device)[0]), args.card_batch)
+        state = Run(device, dtype=precision(device)[0])
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            result |= throughput.card(config, state, args.card_batch)
     if args.json:
         print(json.dumps(result))
     return result

@@ -86,19 +86,19 @@ def panel(title, curves):
 
 def legend(names, width):
     """The runs' names with the colours of their curves, in lines of up to `width` px: PIL image."""
-    face, x, y, places = draw.font(13), LEFT, 4, []
+    x, y, places = LEFT, 4, []
     for name in names:
         name, face = draw.fitted(name, 13, width - LEFT - 50)
         long = 28 + face.getlength(name) + 22
         if x > LEFT and x + long > width:
             x, y = LEFT, y + 20
-        places.append((x, y, name))
+        places.append((x, y, name, face))
         x += long
     image = Image.new("RGB", (width, y + 26), "white")
     pen = ImageDraw.Draw(image)
-    for (x, y, name), colour in zip(places, COLOURS * len(places)):
+    for (x, y, name, face), colour in zip(places, COLOURS * len(places)):
         pen.line((x, y + 9, x + 20, y + 9), colour, 3)
-        pen.text((x + 28, y + 9), name, "black", draw.font(13), anchor="lm")
+        pen.text((x + 28, y + 9), name, "black", face, anchor="lm")
     return image
 
 

@@ -157,12 +157,12 @@ def main(args):
                                   betas=(0.9, 0.95), fused=True)
     step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)
 
-    per_epoch = batching.steps_per_epoch(len(train), args, run)
-    steps = args.steps or args.epochs * per_epoch
+    steps = batching.schedule(len(train), args, run)
     if args.eval or (step >= steps and not ungraded):
         loss = evaluate(model, val, args, run)
         run.print0(f"validation error {loss:.4f} of {len(val)} images, step {step}")
         return {"loss": loss, "step": step}
+    per_epoch = batching.steps_per_epoch(len(train), args, run)
     warmup = max(1, round(steps * args.warmup_epochs / args.epochs))
     total_batch = args.batch_size * run.world * args.accumulate
     peak = args.lr or 1.2e-3 * total_batch / 2048                           # = MAE's 1.5e-4 per 256

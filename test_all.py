@@ -3315,7 +3315,8 @@ def test_evaluation_needs_the_same_meaning():
     """--eval takes any --batch-size, even one larger than the training set; it refuses flags with
     which the weights would mean something else."""
     for task, wrong in (("detection", ["--queries", 9]), ("depth", ["--max-depth", 5]),
-                        ("pose", ["--decoder-layers", 6])):
+                        ("pose", ["--decoder-layers", 6]), ("segmentation", ["--queries", 9]),
+                        ("pretraining", ["--decoder-layers", 6])):
         with folder() as at, quiet():
             untrained(task, at)
             script, *flags = ASKED[task]
@@ -3980,6 +3981,7 @@ def test_curves():
         middle = (curves.TOP + curves.HEIGHT - curves.BOTTOM) / 2
         assert len(dot) and np.abs(dot[:, 0] - middle).max() < 5
         assert np.allclose(draw.ticks(0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1])
+        assert (np.asarray(curves.legend(["a long name " * 9], 520))[:, -15:] == 255).all()
         for run, word in ((at / "c", "not a log"), (at / "d", "cannot be read")):
             with raises(InputError, word):
                 curves.read_log(run)
