@@ -3442,6 +3442,59 @@ def test_devices():
                 training.pick_device(name)
 
 
+def on_simulated_card(net, loss, layout, *more, **how):
+    """Forward pass in bf16 and loss on a GPU that exists in torch's books only: devices, types and
+    shapes are those of a GPU, no value is computed. A mix with tensors of the CPU, or a wait for a
+    value, raises. (There is no backward pass: autograd's engine needs a real GPU.)"""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode() as card, patched(torch.cuda, is_available=lambda: True,
+                                           is_bf16_supported=lambda **_: True), \
+            mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False), \
+            patched(M, pixel_statistics=M.pixel_statistics.__wrapped__):
+        send = lambda x: card.from_tensor(x).to("cuda")
+        for name in ("sizes", "units", "hidden", "rows"):
+            setattr(layout, name, send(getattr(layout, name)))
+        weights = {k: send(v) for k, v in [*net.named_parameters(), *net.named_buffers()]}
+        images = torch.empty(layout.batch, 3, 64, 64, dtype=torch.uint8, device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            answer = torch.func.functional_call(net, weights, (M.normalize(images), layout, *more),
+                                                how)
+        with patched(losses, hungarian=lambda cost, counts, repeats=1: [torch.zeros(
+                4 * repeats, dtype=torch.long, device=sum(cost.values()).device)] * 4):
+            return loss(answer)
+
+
+def test_networks_stay_on_the_card():
+    """Forward pass and loss of every network leave nothing on the CPU and wait for no value."""
+    empty = functools.partial(torch.empty, device="cuda")
+    tasks, asked = dict(semantic=4, instance=5), dict(semantic=slice(0, 1), instance=slice(1, 2))
+    groups = argparse.Namespace(queries=4, many_queries=5, repeats=2)
+    square = Layout(TINY, torch.tensor([[64, 64]] * 2), torch.arange(32).view(2, 4, 4) % 4 > 0,
+                    budget=[60] * len(Layout.kinds(TINY)))
+    ragged = lambda: Layout(TINY, torch.tensor([[64, 50], [33, 64]]))
+
+    def truths():
+        return [{"labels": empty(n, dtype=torch.long), "boxes": empty(n, 4), "depth": empty(size),
+                 "masks": empty(n, *size, dtype=torch.bool)}
+                for n, size in ((1, (64, 50)), (3, (33, 64)))]
+
+    def heatmaps(found):
+        joints, labelled = empty(2, 17, 2), empty(2, 17, dtype=torch.bool)
+        return losses.heatmap_loss(found, *pose.heatmap_targets(joints, labelled, (64, 64),
+                                                                found.shape[2:], 1.0))
+    for loss in (
+            on_simulated_card(Pretrainer(TINY, True), lambda x: losses.reconstruction_loss(*x),
+                              square),
+            on_simulated_card(M.Detector(TINY, 3, 4, 5), lambda x: finetune_det.group_losses(
+                *x, truths(), 1.0, groups), ragged(), train=True),
+            on_simulated_card(Segmenter(TINY, tasks, tasks), lambda x: finetune_seg.batch_loss(
+                x, asked, truths(), [1.0, 1.0], (64, 64), 20), ragged(), asked, every_layer=True),
+            on_simulated_card(DepthEstimator(TINY, 8, 0.1, 10), lambda x: finetune_depth.depth_loss(
+                x, truths(), 2, 0.1, 10), ragged()),
+            on_simulated_card(PoseEstimator(TINY), heatmaps, ragged())):
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32
+
+
 def test_every_script_on_the_gpu():
     """Where there is a GPU: 3 steps of every script, one of them resumed, its loss a number."""
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() \
