@@ -149,9 +149,10 @@ class Pretraining:
                 image = v2.functional.horizontal_flip(image)
             return image, hidden_units(*self.mask)
 
-    def row_budget(self, config, batch_size, trials=8):
+    def row_budget(self, config, batch_size, trials=32):
         """Rows of attention to reserve for a batch of this size, see tokens.row_budget; estimated
-        from `trials` batches of masks, which are the same in every process."""
+        from `trials` batches of masks, which are the same in every process. (Of --preset small's
+        batches of 512, one in five needed more than 8 trials had foretold, after 32 one in 13.)"""
         with seeded(0):
             masks = [torch.stack([hidden_units(*self.mask) for _ in range(batch_size)])
                      for _ in range(trials)]

@@ -249,11 +249,13 @@ def heatmap_targets(joints, labelled, crop, size, sigma=2.0):
     ViTPose cuts the tails beyond 3 sigma (below 0.011); here they stay.
     """
     (h, w), device = size, joints.device
-    last = torch.tensor([w - 1, h - 1], device=device)
-    at = joints.float() * last / torch.tensor([crop[1] - 1, crop[0] - 1], device=device)
-    inside = ((at > -0.5) & (at < last + 0.5)).all(-1)                      # [B, J]
+    # plain numbers, not tensors made of them: a GPU would stop for each copy
+    axes = [(n, joints[..., i].float() * (n - 1) / (px - 1))                # x, y: [B, J]
+            for i, (n, px) in enumerate(((w, crop[1]), (h, crop[0])))]
+    (_, x), (_, y) = axes
+    inside = (x > -0.5) & (x < w - 0.5) & (y > -0.5) & (y < h - 0.5)
     x, y = (torch.exp(-(torch.arange(n, device=device) - c[..., None]) ** 2 / (2 * sigma ** 2))
-            for n, c in ((w, at[..., 0]), (h, at[..., 1])))                 # [B, J, w], [B, J, h]
+            for n, c in axes)                                               # [B, J, w], [B, J, h]
     weight = (labelled.bool() & inside).float()
     return y[..., :, None] * x[..., None, :] * weight[..., None, None], weight
 

@@ -114,9 +114,9 @@ def timed(work, device, rounds):
     """work(round) -> median seconds until it is launched and until it is done, and peak bytes."""
     on_card, launched, done = device.type == "cuda", [], []
     wait = torch.cuda.synchronize if on_card else lambda: None
+    if on_card:                     # before the first round: a graph's replay allocates nothing
+        torch.cuda.reset_peak_memory_stats()
     for r in range(rounds + 3):                             # compilation, recording of the graph
-        if on_card and r == 3:
-            torch.cuda.reset_peak_memory_stats()
         wait()
         begun = time.perf_counter()
         work(r)

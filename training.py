@@ -9,6 +9,7 @@ augmentation and the network's noise are pure functions of (seed, step) or (seed
 import argparse
 import contextlib
 import errno
+import inspect
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,8 +200,10 @@ class Run:
         """The model as the loop calls it: gradients averaged over the processes."""
         if self.world == 1:
             return model
-        # our buffers are constants: nothing to broadcast
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        # our buffers are constants: no forward pass need broadcast them (torch renamed the flag)
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{name: False})
 
     def fetch(self, loader):
         """Next batch on the device: images normalised, their layout, targets if there are any."""
@@ -263,13 +267,15 @@ def start(args):
     """Join the process group torchrun describes, if any; say what runs where; claim OUT. Returns
     Run; InputError if OUT is taken."""
     device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)           # precision asks the current device
     dtype, words = precision(device)
     run = Run(device, dtype=dtype)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if "RANK" in os.environ:
         if not dist.is_initialized():           # a program may run several scripts
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            # an hour: one process may compile for minutes while the others wait for it
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                    timeout=timedelta(hours=1))
         run.rank, run.world = dist.get_rank(), dist.get_world_size()
     words += "; we have not tested Apple's GPUs" * (device.type == "mps")
     run.print0(f"device {device}, {run.world} process(es), {words}")
@@ -426,11 +432,11 @@ def describe(run, model, train, val, batch, steps, lr):
 def compile_whole(objective, args, run):
     """--compile in pre-training: forward pass and loss as one graph, whose shapes never change. On
     CUDA its kernels are launched all at once, as a CUDA graph. In place: names stay as they are."""
+    # graphs belong to the code, not to the model: those of an earlier run in this process
+    # would count against the limit of torch.compile and keep their memory
+    torch._dynamo.reset()
     on_cuda = run.device.type == "cuda"
     if compiles(on_cuda if args.compile is None else args.compile, run):
-        # graphs belong to the code, not to the model: those of an earlier run in this process
-        # would count against the limit of torch.compile and keep their memory
-        torch._dynamo.reset()
         # DDP would cut the graph into pieces, to send gradients while others are computed
         torch._dynamo.config.optimize_ddp = False
         objective.compile(fullgraph=True, dynamic=False,
@@ -440,8 +446,8 @@ def compile_whole(objective, args, run):
 def compile_blocks(model, args, run):
     """--compile in fine-tuning, where sizes change from batch to batch: the blocks, each a graph
     for any size. What lies between them, and the losses, stay as they are."""
+    torch._dynamo.reset()                       # see above: also where nothing is compiled now
     if compiles(args.compile, run):
-        torch._dynamo.reset()                   # see above
         # blocks differ in widths, in whether windows share rows and whether keys are padded
         torch._dynamo.config.cache_size_limit = 64
         for module in model.glid.modules():
