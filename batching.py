@@ -147,7 +147,8 @@ class Packed:
             with contextlib.suppress(RuntimeError, OSError):            # full: memory of its own
                 self.buffer = shared(end)
         for tensor, (first, end, *_) in zip(packer.tensors, self.parts):
-            self.buffer[first:end] = tensor.contiguous().flatten().view(torch.uint8)
+            if tensor.numel():              # numpy's empty arrays have strides that view() refuses
+                self.buffer[first:end] = tensor.contiguous().flatten().view(torch.uint8)
 
     def __getstate__(self):
         buffer = self.buffer if self.buffer.is_shared() else self.buffer.numpy()
