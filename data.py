@@ -168,14 +168,14 @@ class Pretraining:
         return (height - side) // 2, (width - side) // 2, side, side
 
 
-def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="stop"):
+def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="stop", ours=None):
     """(training set, validation set) of Pretraining samples.
 
     path: see toy_scenes, or a folder with train/ and val/ inside (ImageNet's format), or any
     folder of photos, of which every 20th in path order is then kept for validation. Where labels
     lie beside a folder images/, or depth maps beside rgb/, only images/ or rgb/ is read.
     on_error "skip": all validation photos are read once, and unreadable ones are left out.
-    config: model.Config. InputError if size, mask or folder do not fit.
+    config: model.Config; ours: see list_images. InputError if size, mask or folder do not fit.
     """
     side = config.image_size // config.unit
     if config.image_size % config.unit:
@@ -193,8 +193,8 @@ def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="
                    for split, n in (("train", train), ("val", val))]
     else:
         train, val = photo_folders(Path(path))
-        files = list_images(train)
-        sources = [Photos(files), Photos(list_images(val))] if val else hold_out(files)
+        files = list_images(train, ours=ours)
+        sources = [Photos(files), Photos(list_images(val, ours=ours))] if val else hold_out(files)
     if on_error == "skip" and not scenes:
         sources[1] = readable(sources[1])
     return [Pretraining(s, train, config.image_size, config.unit, mask, ratio, seed)
@@ -391,6 +391,9 @@ def open_segmentation(path, size, fraction=1.0, seed=0, tasks=("semantic",), ove
     elif "instance" in tasks or "panoptic" in tasks:
         keys += ["panoptic", "segments"]
     sources = open_sources(path, size, keys, fraction, overfit, **reading)
+    if "instance" in tasks and not sources[0].things:
+        raise InputError(f"--data {path}: none of its classes is a thing (isthing 1), so --tasks "
+                         "instance has nothing to find")
     return [Segmentation(s, train, size, seed, tasks, not overfit, flip)
             for s, train in zip(sources, (True, False))]
 

@@ -44,7 +44,7 @@ def launch(main, args):
         full = "; raise `ulimit -n`, or take fewer --workers" * (error.errno == errno.EMFILE)
         code = 2
         message = f"error: {error.filename or 'input or output'}: {error.strerror or error}{full}"
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not (message := explained(error)):
             raise
         code, message = 2, f"error: {message}"
@@ -53,11 +53,13 @@ def launch(main, args):
 
 
 def explained(error):
-    """What a RuntimeError of torch means for the user, or None if it may be a fault of ours."""
+    """What a RuntimeError or MemoryError means for the user; None if it may be a fault of ours."""
     text = str(error)
     first = text.strip().splitlines()[0] if text.strip() else ""
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU's memory is full ({first[:120]}); lower --batch-size or the sizes"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return f"main memory is full ({first[:160]}); lower --batch-size, or take smaller photos"
     if isinstance(error, NotImplementedError) and "MPS" in text:
         return f"Apple's GPU lacks an operation ({first[:120]}); --device cpu, or set " \
             "PYTORCH_ENABLE_MPS_FALLBACK=1"

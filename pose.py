@@ -391,7 +391,7 @@ class Pose:
     """Crops of persons. A source of photos has ids, labels(i) and [i], the labels with "image".
 
     Training: (epoch, person) -> dict for collate(): image uint8 [3, H, W], joints float [J, 2]
-    in crop px (see above), labelled bool [J]. Persons that are no crowd and have a joint.
+    in crop px (see above), labelled bool [J]. Persons in the photo, with a joint, no crowds.
     Test: (epoch, photo) -> dict of all its persons, so that NMS can find doubles: images uint8
     [P, 3, H, W], back [P, 2, 3] from crop to the photo's pixels as annotations count them, area [P]
     of the views, scores [P] of the boxes, truth for AveragePrecision, id, index. The boxes are the
@@ -416,9 +416,12 @@ class Pose:
         self.boxes = read_boxes(boxes, source.ids, set(self.category_ids)) if boxes else [
             (t["boxes"][~t["iscrowd"]], np.ones(int((~t["iscrowd"]).sum()))) for t in self.truths]
         self.counts = [len(b) for b, _ in self.boxes]                       # persons of a photo
-        self.people = [(i, k) for i, t in enumerate(self.truths) for k in range(len(t["boxes"]))
-                       if not t["iscrowd"][k] and (t["keypoints"][k, :, 2] > 0).any()
-                       and (t["boxes"][k, 2:] > t["boxes"][k, :2]).all()]
+        self.people = []
+        for i, t in enumerate(self.truths):                 # drawn persons lie in their photos
+            ends = t["boxes"] if toy else t["boxes"].clip(0, source.records[i]["size"][::-1] * 2)
+            keep = ~t["iscrowd"] & (t["keypoints"][..., 2] > 0).any(1) \
+                & (ends[:, 2:] > ends[:, :2]).all(1)
+            self.people += [(i, int(k)) for k in np.flatnonzero(keep)]
 
     def __len__(self):
         return len(self.people if self.train else self.source)

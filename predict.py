@@ -129,17 +129,20 @@ class Model:
         """
         if not isinstance(photos, list | tuple):
             return self([photos], None if boxes is None else [boxes])[0]
-        boxes, found = boxes or [None] * len(photos), []
+        persons, found = [None] * len(photos) if boxes is None else [*map(as_boxes, boxes)], []
+        if len(persons) != len(photos):
+            raise InputError(f"boxes: {len(persons)} entries for {len(photos)} photos")
         for first in range(0, len(photos), self.batch_size):
             part = slice(first, first + self.batch_size)
-            found += self.ask([as_photo(p) for p in photos[part]], boxes[part])
+            found += self.ask([as_photo(p) for p in photos[part]], persons[part])
         return found
 
     @torch.no_grad()
-    def ask(self, photos, boxes):
-        """uint8 photos [3, H, W] of any sizes, as one batch -> their answers, see __call__."""
+    def ask(self, photos, persons):
+        """uint8 photos [3, H, W] of any sizes, as one batch -> their answers, see __call__.
+        persons: for each photo None or what joints_of takes."""
         if self.task == "pose":
-            return [self.joints_of(*pair) for pair in zip(photos, boxes)]
+            return [self.joints_of(*pair) for pair in zip(photos, persons)]
         images, layout = self.inputs(photos)
         sizes = [tuple(p.shape[1:]) for p in photos]
         if self.task == "pretraining":
@@ -189,29 +192,40 @@ class Model:
             photos = [data.shrunk(p, self.longest) for p in photos]
         return data.collate(config, [{"image": p} for p in photos])[:2]
 
-    def joints_of(self, photo, boxes):
+    def joints_of(self, photo, persons):
         """The pose of the persons in a photo uint8 [3, H, W].
 
-        boxes: [P, 4], or (boxes, scores [P]); None: whom the detector finds, or without one the
-        whole photo as one person.
+        persons: their boxes [P, 4] and scores [P], both float64; None: whom the detector finds, or
+        without one the whole photo as one person.
         """
-        boxes, scores = boxes if isinstance(boxes, tuple) else (boxes, None)
-        if boxes is None and self.detector:
+        if persons is None and self.detector:
             found = self.detector.ask([photo], [None])[0]
             keep = torch.isin(found["labels"], self.persons) & (found["scores"] >= self.threshold)
-            boxes, scores = found["boxes"][keep], found["scores"][keep].double().numpy()
-        elif boxes is None:
-            boxes = [[0, 0, photo.shape[2], photo.shape[1]]]
-        boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+            persons = [found[k][keep].double().numpy() for k in ("boxes", "scores")]
+        boxes, scores = persons or as_boxes([[0, 0, photo.shape[2], photo.shape[1]]])
         crops, back, area = pose.views(photo, boxes, *self.args.size)
         flip = pose.flip_order(self.joints, self.args.flip_pairs)
         at, sure = finetune_pose.predict(self.network, crops, self.args, self.run, flip)
-        scores = np.ones(len(boxes)) if scores is None else np.asarray(scores)
         found = finetune_pose.answer(dict(back=back, area=area, scores=scores), at, sure,
                                      pose.oks_sigmas(self.joints))
         return {"keypoints": torch.from_numpy(found["keypoints"]),
                 "scores": torch.from_numpy(found["scores"]),
                 "boxes": torch.from_numpy(boxes[found["kept"]]), "names": list(self.joints)}
+
+
+def as_boxes(boxes):
+    """The persons of a photo as __call__ gets them -> boxes float64 [P, 4], scores of 1 [P]; None
+    stays None. InputError for what is no such thing."""
+    if boxes is None:
+        return None
+    try:
+        found = np.asarray(boxes, np.float64).reshape(-1, 4)
+    except (TypeError, ValueError):
+        found = np.array([[np.nan] * 4])
+    if not np.isfinite(found).all():
+        raise InputError("boxes: give the persons of each photo as [P, 4] finite numbers x1 y1 x2 "
+                         "y2")
+    return found, np.ones(len(found))
 
 
 class Only:
@@ -301,7 +315,12 @@ def main(args):
         raise InputError("--json: pre-training has no result format; leave it out")
     if args.boxes and model.task != "pose":
         raise InputError(f"--boxes: for pose checkpoints; this one is for {model.task}")
-    todo, out = resultfiles.find(args.images), Path(args.out)
+    if args.json and "semantic" in getattr(model.args, "tasks", ()) and not (
+            0 <= min(model.category_ids) <= max(model.category_ids) < 2 ** 16):
+        raise InputError(f"--json: the category id {max(model.category_ids, key=abs)} does not fit "
+                         "into a label map of 16 bits; leave --json out")
+    out = Path(args.out)
+    todo = resultfiles.find(args.images, out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; give a folder")
     resultfiles.keep_photos(todo, out, (args.checkpoint, args.detector, args.ids, args.boxes))

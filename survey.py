@@ -125,6 +125,8 @@ def depths(source):
         with contextlib.suppress(InputError), opened(path) as image:
             if image.mode.startswith("I"):
                 largest.append(int(np.asarray(image).max()))
+            elif image.tile and ";16" in str(image.tile[0][3]):     # colours: PIL drops 8 bits
+                largest.append(int(np.asarray(image).max()) * 256 + 255)
     if not largest or not 255 < max(largest) < 2 ** 14:
         return []
     return [f"note: photos of 16 bits whose largest value is {max(largest)} are read as nearly "

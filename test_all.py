@@ -824,6 +824,8 @@ def test_folders_of_photos():
         (at / "flat/notes.txt").write_text("no photo")
         train, val = opened("flat")
         assert (len(train), len(val)) == (23, 2) and len({*train, *val}) == 25
+        sets = data.open_pretraining(at / "flat", TINY, ours=at / "flat/2")     # a run's pictures
+        assert {f.parent.name for s in sets for f in s.source.files} == {"0", "1"}
         for n, (train, val, labels) in enumerate((
                 ("train/n/a.JPEG", "val/n/b.JPEG", ""), ("train/a.png", "validation/b.png", ""),
                 ("TRAIN/a.png", "Valid/b.png", ""), ("valid/b.png", "other/a.png", ""),
@@ -1879,21 +1881,22 @@ def test_pose_samples():
     """Functions of (seed, epoch, index); joints stay on their pixels; crowds teach nothing."""
     class Source(list):
         ids, joints, labels = [41, 42], toyworld.KEYPOINTS, list.__getitem__
-        category_ids, classes = (1,), ("person",)
-    keypoints = torch.zeros(4, 17, 3)
+        category_ids, classes, records = (1,), ("person",), [dict(size=(200, 260))] * 2
+    keypoints = torch.zeros(5, 17, 3)
     keypoints[:, [5, 9]] = torch.tensor([100.0, 80.0, 2.0])
     keypoints[1, :, 2] = 0
     source = Source([dict(
-        boxes=torch.tensor([[80.0, 60, 120, 110]] * 4), keypoints=keypoints,
-        classes=torch.tensor([0, 0, 3, 0]), iscrowd=torch.tensor([False, False, False, True]),
-        area=torch.full((4,), 900.0), image=dot((100.5, 80.5)))] * 2)       # centre of a pixel
+        boxes=torch.tensor([[80.0, 60, 120, 110]] * 4 + [[270, 60, 290, 110]]),     # one outside
+        classes=torch.tensor([0, 0, 3, 0, 0]), iscrowd=torch.arange(5) == 3, keypoints=keypoints,
+        area=torch.full((5,), 900.0), image=dot((100.5, 80.5)))] * 2)       # centre of a pixel
     train, val = (pose.Pose(source, t, (64, 48), 3) for t in (True, False))
-    assert train.people == [(0, 0), (1, 0)] and val.counts == [2, 2] and len(train) == 2
+    assert train.people == [(0, 0), (1, 0)] and val.counts == [3, 3] and len(train) == 2
     photo = val[(0, 1)]
     at = pose.move(photo["back"][0], centroid(photo["images"][0])[None])[0]
     assert np.abs(at - [100, 80]).max() < 0.2               # an answer counts pixels as the truth
-    assert photo["id"] == 42 and photo["truth"]["iscrowd"].tolist() == [False, False, True]
-    assert photo["images"].shape == (2, 3, 64, 48) and photo["truth"]["labels"].tolist() == [0] * 3
+    assert photo["id"] == 42 and photo["truth"]["iscrowd"].tolist() == [False, False, True,
+                                                                                False]
+    assert photo["images"].shape == (3, 3, 64, 48) and photo["truth"]["labels"].tolist() == [0] * 4
     names, places = set(), set()
     for epoch in range(12):
         a, b = train[(epoch, 0)], train[(epoch, 0)]
@@ -2250,6 +2253,10 @@ def test_broken_coco_files_are_named():
         for pixels in (PHOTO[..., 0], PHOTO[:, :7]):
             fill(at, {"annotations/panoptic_train2017/0.png": pixels})
             refused(at, "panoptic", "panoptic_train2017")
+        for path in at.glob("annotations/*.json"):
+            path.write_text(path.read_text().replace('"isthing": 1', '"isthing": 0'))
+        with raises(InputError, "--tasks instance"):
+            data.open_segmentation(at, 16, tasks=["panoptic", "instance"])
 
 
 def png(height, width, bits, colour, rows=b""):
@@ -2330,6 +2337,10 @@ def test_any_photo_is_read_right_or_named():
             assert expected is None or (found.numpy() == expected.reshape(6, 8, -1)).all()
         for photo in (jpeg.getvalue()[:400], b"", b"not a photo", bomb, bomb[:20], rgb[:5]):
             refused(fill(at, {path: photo}), "boxes", str(path), "5 x 8" * (photo is rgb[:5]))
+        (at / "half.jpg").write_bytes(jpeg.getvalue()[:-300])
+        for thing in (Image.open(at / "half.jpg"), rgb[None], rgb.astype(">u2"), "no.png", 7):
+            with raises(InputError):
+                files.as_photo(thing)
         path.unlink()
         path.mkdir()
         refused(at, "boxes", str(path))
@@ -2552,6 +2563,10 @@ def test_mask_folders():
             else:
                 (train,), (val,) = opened(at, "semantic")                   # one is held out
                 assert (train["semantic"] == 0).all() and (val["semantic"] == 1).all()
+    with folder() as at:                                    # an accent as one letter and as two
+        fill(at, {f"images/{n}.png": PHOTO for n in ("\u00fc", "b")})
+        fill(at, {"labels/u\u0308.png": ones, "labels/b.png": 2 * ones})
+        assert sum(len(source) for source in opened(at, "semantic")) == 2
 
 
 def test_ade20k():
@@ -2776,6 +2791,9 @@ def test_what_is_told_before_training():
         assert "4 training and 1 validation" in said and "2 .heic, 1 .avif are passed over" in said
         said = told(pretrain, fill(at, {"deep.png": np.full((40, 30), 4000, np.uint16)}))
         assert "largest value is 4000" in said and "by 16" in said
+        colours = png(40, 30, 16, 2, 40 * (b"\0" + 90 * (1000).to_bytes(2, "big")))
+        said = told(pretrain, fill(at, {"deep.png": colours}))
+        assert "largest value is 1023" in said and "by 64" in said
 
 
 def test_scripts_run_on_folders():
@@ -2791,6 +2809,12 @@ def test_scripts_run_on_folders():
             place, out = at / kind, at / f"out{len(list(at.iterdir()))}"
             if not place.exists():
                 exported(place, kind, 2)
+                for path in place.glob("annotations/instances_val*.json"):      # one shows nothing
+                    content = json.loads(path.read_text())
+                    first = content["images"][0]["id"]
+                    content["annotations"] = [a for a in content["annotations"]
+                                              if a["image_id"] != first]
+                    path.write_text(json.dumps(content))
             flags = ["--data", place, "--out", out, "--steps", 1, "--batch-size", 2, "--workers", 0,
                      *flags]
             with quiet():
@@ -3371,7 +3395,8 @@ def test_packed_batches_arrive_as_they_were():
     full, through the pipe."""
     odd = [torch.arange(6).view(2, 3).T, torch.tensor(3.5), torch.zeros(0, 4), torch.tensor([True]),
            {"a": torch.ones(2, dtype=torch.int16), "b": np.arange(3), "c": ("task", None, 1.5)},
-           torch.zeros(1).expand(5), torch.tensor([1 + 2j])]
+           torch.zeros(1).expand(5), torch.tensor([1 + 2j]),
+           torch.from_numpy(np.array((), np.int64))]        # whose stride is 0
 
     def none(size):
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
@@ -3590,6 +3615,8 @@ def test_what_ends_a_run_is_told():
             (KeyboardInterrupt(), 130, "stopped"),
             (Stopped(15, "stopped by SIGTERM; --resume"), 143, "--resume"),
             (OSError(24, "Too many open files"), 2, "ulimit -n"),
+            (MemoryError("Unable to allocate 6 GiB"), 2, "memory is full (Unable"),
+            (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), 2, "memory is full"),
             (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 2, "--batch-size"),
             (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 2,
              "--workers 0"),
@@ -3834,8 +3861,23 @@ def test_results_have_the_numbers_of_the_files():
         fill(at, {"ids.json": {"images": [{"id": 5, "file_name": "a/0.png"},
                                           {"id": 6, "file_name": "b/0.png"}]}})
         assert resultfiles.image_ids(names, at / "ids.json", "x.json")[:2] == [5, 6]
-        pairs = [name for _, name in resultfiles.find(["x/a.jpg", "y/A.png", "z/a.jpg"])]
-        assert pairs == ["a", "A.png", "a.jpg"], pairs
+        fill(at, {"ids.json": {"images": [{"id": None, "file_name": "b.jpg"}]}})
+        with raises(InputError, "--ids", "b.jpg", "None"):
+            resultfiles.image_ids(names, at / "ids.json")
+        long = "x" * 249
+        for names, expected in ((["x/a.jpg", "y/A.png", "z/a.jpg"], ["a", "A.png", "a.jpg"]),
+                                ([f"{long}.jpg", f"{long}.png"], [long[:200], f"{long[:200]}-2"]),
+                                (["a.jpg", "a-attention.jpg"], ["a", "a-attention.jpg"])):
+            assert [name for _, name in resultfiles.find(names, at / "o")] == expected
+        for name in ("a.jpg", "semantic/a.jpg", "o/semantic/hand.jpg"):
+            write_photo(at / "ph" / name)
+        found = [name for _, name in resultfiles.find([at / "ph"], at / "ph/o")]
+        assert found == ["a", "semantic/a.jpg"]             # a label map may be semantic/a.png
+        content = torch.load(best)
+        content["category_ids"][2] = 100_001
+        torch.save(content, best)
+        code, said = ask(best, at / "ph", "--json", "--out", at / "new")
+        assert code == 2 and "100001" in said and not (at / "new").exists()
 
 
 def test_run_lengths_round_trip():
@@ -3938,7 +3980,7 @@ def test_asking_with_wrong_input():
         new = ["--out", at / "new"]
         for flags, words in (([at / "none", *new], "no images"),
                              ([at / "nowhere.jpg", *new], "no such file"),
-                             ([at / "dot.png", *new], "larger photo"),
+                             ([at / "dot.png", *new], "larger photo"), (["", *new], "empty name"),
                              ([at / "in", "--out", at / "file"], "is a file"),
                              ([at / "in", "--boxes", at / "file", *new], "--boxes"),
                              ([at / "in", "--detector", best, *new], "--detector")):
@@ -3949,8 +3991,11 @@ def test_asking_with_wrong_input():
         (at / "mine/semantic").mkdir(parents=True)
         for name in ("a.png", "semantic/b.png"):
             photo.save(at / "mine" / name)
+        photo.save(at / "mine/c.jpg")
+        photo.save(at / "mine/c.png")                       # perhaps its label map
         before = {path: path.read_bytes() for path in at.glob("mine/**/*.png")}
-        for asked_for, name in ((at / "mine", "a.png"), (at / "mine/semantic/b.png", "b.png")):
+        for asked_for, name in ((at / "mine", "a.png"), (at / "mine/semantic/b.png", "b.png"),
+                                (at / "mine/c.jpg", "c.png")):
             code, said = ask(best, asked_for, "--out", at / "mine", "--json")
             assert code == 2 and "overwritten" in said and name in said, said
         assert before == {path: path.read_bytes() for path in at.glob("mine/**/*.png")}
@@ -3999,6 +4044,12 @@ def test_pose_asks_for_persons():
         assert sorted(answer["boxes"].tolist()) == own
         assert answer["keypoints"].shape == (len(own), 17, 3)
     assert len(model(photo, np.zeros((0, 4)))["keypoints"]) == 0
+    assert model(photo, tuple(map(tuple, boxes)))["boxes"].tolist() == model(photo, boxes)[
+        "boxes"].tolist()
+    for photos, given, word in (([photo] * 2, [boxes], "1 entries for 2"), (photo, [[0]], "[P, 4]"),
+                                (photo, [[0, 0, np.nan, 9]], "finite")):
+        with raises(InputError, word):
+            model(photos, given)
     with folder() as at, quiet():
         paths = [untrained(t, at / t) for t in ("pose", "detection")]
         model = predict.load(paths[0], "cpu", detector=paths[1], threshold=0.0)
@@ -4104,7 +4155,7 @@ def test_wrong_input_is_one_line():
         torch.save({}, at / "used/last.pt")
         toy = ["--data", "toyworld:4", "--batch-size", 4]
         cases = [
-            (pretrain, "nowhere", "--data", at / "nowhere"),
+            (pretrain, "nowhere", "--data", at / "nowhere"), (pretrain, "--data", "--data", ""),
             (pretrain, "0_broken.jpg", "--data", at / "photos", "--batch-size", 2, "--workers", 1),
             (pretrain, "--batch-size", "--data", at / "photos", "--batch-size", 64),
             (pretrain, "--lr", *toy, "--data", "toyworld:8", "--lr", 1e30, "--workers", 0),

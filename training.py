@@ -146,7 +146,7 @@ def parse(parser, presets, argv=None):
     first.add_argument("--preset")
     parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
     args = parser.parse_args(argv)
-    if args.data is None:
+    if not args.data:                                       # or empty: a variable that is not set
         parser.error("--data is missing: a folder, or toyworld")
     if vars(args).get("load") is not None and not args.init:
         parser.error("--load chooses parts of --init, which is missing")

@@ -59,11 +59,11 @@ def replacing(path):
 
 
 @contextlib.contextmanager
-def opened(path):
-    """PIL image of a file, pixels not read yet; whatever is wrong with it ends in an InputError."""
+def reading(path):
+    """Whatever PIL finds wrong with an image within the block ends in an InputError with this name.
+    """
     try:
-        with Image.open(path) as image:
-            yield image
+        yield
     except Image.DecompressionBombError:
         raise InputError(f"{path}: too many pixels ({2 * Image.MAX_IMAGE_PIXELS} is the limit); "
                          "shrink or remove it") from None
@@ -71,6 +71,13 @@ def opened(path):
         raise InputError(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError, TypeError, struct.error) as error:
         raise InputError(f"{path}: not a readable image ({error}); replace or remove it") from None
+
+
+@contextlib.contextmanager
+def opened(path):
+    """PIL image of a file, pixels not read yet; see reading."""
+    with reading(path), Image.open(path) as image:
+        yield image
 
 
 # EXIF's orientation -> what makes the photo upright; the last four exchange height and width
@@ -123,8 +130,9 @@ def as_photo(photo):
     if isinstance(photo, str | Path):
         name, photo = photo, read_image(photo)
     elif isinstance(photo, Image.Image):
-        photo = to_tensor(turned(photo, orientation(photo)), name)
-    elif isinstance(photo, np.ndarray):
+        with reading(name):
+            photo = to_tensor(turned(photo, orientation(photo)), name)
+    elif isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim in (2, 3):
         photo = torch.from_numpy(np.ascontiguousarray(photo))
         photo = photo.permute(2, 0, 1) if photo.ndim == 3 else photo.expand(3, -1, -1)
     if not torch.is_tensor(photo) or photo.dtype != torch.uint8 or photo.ndim != 3 \
@@ -222,16 +230,18 @@ def read_lines(path):
     return text.splitlines()
 
 
-def list_images(folder, suffixes=SUFFIXES, flag="--data "):
+def list_images(folder, suffixes=SUFFIXES, flag="--data ", ours=None):
     """Paths of all images below a folder, nested or flat, sorted; flag: what an InputError names,
-    which is raised if there is none."""
+    which is raised if there is none; ours: a folder below it that is passed over, because our own
+    pictures are written there."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{flag}{folder}: no such folder")
 
     def stop(error):
         raise InputError(f"{flag}{error.filename}: cannot be read ({error.strerror})")
-    found, visited, passed = [], set(), Counter()
+    found, passed = [], Counter()
+    visited = {os.path.realpath(ours)} - {os.path.realpath(folder)} if ours else set()
     for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         if os.path.realpath(root) in visited:               # a link back up: do not go round
             folders.clear()
@@ -385,7 +395,8 @@ def shows(record):
 
 
 def left_out(record):
-    """Objects of a photo that are neither learned nor graded: {reason: bool [N]}."""
+    """Objects of a photo that are not learned: {reason: bool [N]}. Crowds are not graded either;
+    the others are, as by COCO's own tool."""
     labels, size = record["labels"], record["size"][::-1]
     boxes = labels["boxes"]
     found = {"crowds (iscrowd 1)": labels["iscrowd"],

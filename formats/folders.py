@@ -15,6 +15,7 @@ annotation sees it; an EXIF rotation is applied unless only the stored pixels ha
 size.
 """
 import contextlib
+import unicodedata
 from functools import partial
 from pathlib import Path
 
@@ -112,22 +113,28 @@ def find_pairs(root, photo_words, label_words, on_error):
                 found or any(labels.glob("*.json")) or not any(
                     p.suffix.lower() in SUFFIXES for p in labels.rglob("*")))):
             continue
-        maps = {p.relative_to(labels).with_suffix(""): p for p in list_images(labels, {".png"})}
+        maps = {bare(p, labels): p for p in list_images(labels, {".png"})}
         records, stems = [], set()
         for path in list_images(photos):
-            stem = path.relative_to(photos).with_suffix("")
+            stem = bare(path, photos)
             if stem in stems:
                 refuse(f"{path}: two photos of this name", on_error)
             elif stem not in maps:
                 refuse(f"{path}: no label PNG of this name in {labels}", on_error)
             else:
-                records.append(dict(photo=path, id=str(stem), label=maps[stem]))
+                records.append(dict(photo=path, id=stem, label=maps[stem]))
             stems.add(stem)
         if orphans := sorted(maps.keys() - stems):
             refuse(f"{maps[orphans[0]]}: no photo of this name in {photos} ({len(orphans)} such "
                    "label maps)", on_error)
         found[split] = labels, records
     return {} if set(found) == {"val"} else found
+
+
+def bare(path, folder):
+    """A file's name below a folder, without its ending. Letters with accents have one form: macOS
+    writes them as two characters."""
+    return unicodedata.normalize("NFC", str(path.relative_to(folder).with_suffix("")))
 
 
 def both_parts(root, found, read, **about):

@@ -21,39 +21,53 @@ from formats.coco import an_id
 from formats.files import InputError, list_images, note, read_json, replacing
 from formats.masks import compressed, to_runs
 
+LONGEST = 200                           # bytes of a photo's name that its outputs keep
 DEEPEST = 65534                         # mm: 65535 means "not measured" to many tools and to ours
 
 
-def find(images):
-    """Files and folders -> [(path of a photo, name of its outputs)]; names are all different."""
+def find(images, out):
+    """Files and folders -> [(path of a photo, name of its outputs)]; no two have an output in
+    common. Photos below the folder `out` are passed over, unless it is one of the folders."""
     pairs = []
-    for image in map(Path, images):
+    for image in images:
+        if not image:
+            raise InputError("IMAGE: an empty name; is a variable not set?")
+        image = Path(image)
         if image.is_dir():
-            pairs += [(p, p.relative_to(image)) for p in list_images(image, flag="")]
+            pairs += [(p, p.relative_to(image)) for p in list_images(image, flag="", ours=out)]
         else:
             pairs.append((image, Path(image.name)))
     taken, found = set(), []
     for path, name in pairs:
+        if len(os.fsencode(name.name)) > LONGEST:           # endings must fit into 255 bytes, too
+            name = name.with_name(os.fsencode(name.name)[:LONGEST].decode(errors="ignore"))
         stem = name.with_suffix("").as_posix()
         names = (stem, name.as_posix(), *(f"{stem}-{n}" for n in range(2, len(pairs) + 2)))
-        name = next(n for n in names if n.lower() not in taken)
-        taken.add(name.lower())
+        name = next(n for n in names if not taken & set(pngs(n.lower())))
+        taken.update(pngs(name.lower()))
         found.append((path, name))
     return found
 
 
+def pngs(name):
+    """All PNGs that a photo with this name of its outputs may get, below --out."""
+    return [f"{part}{name}{end}.png" for part in ("", "semantic/", "panoptic/", "depth/")
+            for end in ("", "-attention")]
+
+
 def keep_photos(pairs, out, given):
-    """InputError if an output of find's `pairs` below the folder `out` would replace a photo, or
-    one of the files `given` (None is none of them)."""
+    """InputError if an output of find's `pairs` below the folder `out` would replace a photo, one
+    of the files `given` (None is none of them), or anything that lies in a folder of photos."""
     inputs = {os.path.realpath(p) for p in (*(path for path, _ in pairs), *given) if p}
-    places = [out, *(out / part for part in ("semantic", "panoptic", "depth"))]
-    outputs = [at / f"{name}{end}" for _, name in pairs for at in places
-               for end in (".png", "-attention.png")]
+    folders = {os.path.dirname(os.path.realpath(path)) for path, _ in pairs}
+    outputs = [out / png for _, name in pairs for png in pngs(name)]
     outputs += [out / f"{name}.json" for name in ("detections", "instances", "keypoints",
                                                   "panoptic")]
-    if bad := next((p for p in outputs if os.path.realpath(p) in inputs), None):
-        raise InputError(f"--out {out}: {bad} is an input and would be overwritten; give a folder "
-                         "elsewhere")
+    for path in outputs:
+        real = os.path.realpath(path)
+        if real in inputs or os.path.dirname(real) in folders and os.path.exists(real):
+            raise InputError(f"--out {out}: {path} is there already, an input or a file beside one,"
+                             " and would be overwritten; give a folder elsewhere")
 
 
 def image_ids(paths, file=None, boxes=None):
@@ -68,8 +82,12 @@ def image_ids(paths, file=None, boxes=None):
     for entry in read_json(file, ["images"])["images"] if file else ():
         if "id" in entry and isinstance(entry.get("file_name"), str):
             at = Path(entry["file_name"].replace("\\", "/"))
-            listed[at.as_posix()] = an_id(entry["id"])
-            names[at.name].add(an_id(entry["id"]))
+            try:
+                number = an_id(entry["id"])
+            except ValueError as error:
+                raise InputError(f"--ids {file}: image {at}: {error}") from None
+            listed[at.as_posix()] = number
+            names[at.name].add(number)
     listed |= {name: ids.pop() for name, ids in names.items() if len(ids) == 1}
 
     def id_of(path):
