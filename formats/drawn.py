@@ -15,44 +15,17 @@ import toyworld
 from formats.files import InputError, as_sample
 
 
-class Table:
-    """Rows (dicts of numpy arrays, which it empties), kept as one array per column.
-
-    A data process that is not forked (spawn, forkserver) gets them through a pipe, and a forked one
-    shares them; thousands of small arrays would be slow either way, and as many tensors would each
-    be an open file.
-    """
-
-    def __init__(self, rows):
-        self.length, self.columns, self.ends = len(rows), {}, {}
-        for key in list(rows[0]):
-            values = [row.pop(key) for row in rows]                         # frees them one by one
-            if len({v.shape for v in values}) == 1:
-                self.columns[key] = np.stack(values)
-            else:                                           # a varying number of objects
-                self.columns[key] = np.concatenate(values)
-                self.ends[key] = np.cumsum([0, *map(len, values)])
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, index):
-        """Row `index`, tensors that share the table's memory."""
-        index = range(self.length)[index]                   # IndexError ends an iteration
-        return {key: torch.from_numpy(
-            column[self.ends[key][index]:self.ends[key][index + 1]] if key in self.ends
-            else column[index, ...]) for key, column in self.columns.items()}
-
-
 def toy_row(seed, size, keys, index):
-    """Scene `index` as a row of a Table: image uint8 [3, S, S], and `keys` as toyworld.scene's."""
+    """Scene `index` as numpy arrays: image uint8 [3, S, S], and `keys` as toyworld.scene's."""
     scene = toyworld.scene(seed, index, size)
     image = np.ascontiguousarray(scene["image"].transpose(2, 0, 1))         # [3, S, S]
     return {"image": image} | {k: scene[k] for k in keys}
 
 
 def draw_scenes(seed, size, keys, indexes, what):
-    """Table of these scenes, drawn by all cores that are this process's."""
+    """List of these scenes, see toy_row, drawn by all cores that are this process's. Arrays, not
+    tensors: a data process that is not forked gets them through a pipe, and each of thousands of
+    tensors would be an open file."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     draw = partial(toy_row, seed, size, keys)
@@ -60,8 +33,8 @@ def draw_scenes(seed, size, keys, indexes, what):
                   disable=None)
     if cores > 1 and len(indexes) >= 512:                   # fewer: starting processes costs more
         with contextlib.suppress(BrokenProcessPool), ProcessPoolExecutor(cores) as pool:
-            return Table(list(bar(pool.map(draw, indexes, chunksize=32))))
-    return Table(list(bar(map(draw, indexes))))
+            return list(bar(pool.map(draw, indexes, chunksize=32)))
+    return list(bar(map(draw, indexes)))
 
 
 class ToyWorld:
@@ -84,11 +57,11 @@ class ToyWorld:
         return len(self.samples)
 
     def __getitem__(self, index):
-        return as_sample(self.samples[index])
+        return as_sample({k: torch.as_tensor(v) for k, v in self.samples[index].items()})
 
     def view(self, index, choose, size):
         """Like files.read_view, but the photo keeps its size: it is in memory already."""
-        image = self.samples[index]["image"]
+        image = torch.as_tensor(self.samples[index]["image"])
         return image, choose(*image.shape[1:])
 
     @property
@@ -98,7 +71,7 @@ class ToyWorld:
 
     def labels(self, index):
         """Sample `index` without its photo, at no cost."""
-        return {k: v for k, v in self.samples[index].items() if k != "image"}
+        return {k: torch.as_tensor(v) for k, v in self.samples[index].items() if k != "image"}
 
 
 def toy_scenes(path, default):
