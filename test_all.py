@@ -80,6 +80,7 @@ ODD = Config(patch=2, width=8, depths=(2, 2, 2, 2), heads=(1, 2, 2, 4), window=5
 
 
 SEMANTIC = {"semantic": slice(None)}                        # one task asks about all images
+patched = mock.patch.multiple           # within the block the attributes of a thing have new values
 
 
 def assert_close(a, b, tolerance, what="values"):
@@ -169,7 +170,7 @@ def test_base_is_the_papers_size():
     """Swin-B without its classifier, plus the norms of stages 1-3; the decoder of 6 x 512 has about
     25 M parameters. Nothing is computed, so nothing is allocated."""
     on_cpu = functools.partial(torch.linspace, device="cpu")            # the rates of drop path
-    with torch.device("meta"), mock.patch.object(torch, "linspace", on_cpu):
+    with torch.device("meta"), patched(torch, linspace=on_cpu):
         net, theirs = GLID(Config(window=7)), torchvision.models.swin_b()
     count = {k: sum(p.numel() for p in m.parameters()) for k, m in net.named_children()}
     swin = sum(p.numel() for n, p in theirs.named_parameters() if not n.startswith("head"))
@@ -352,8 +353,8 @@ def counted_graphs(backend="eager"):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     compile_it = functools.partialmethod(torch.nn.Module.compile, backend=counter)
-    with mock.patch.object(torch.nn.Module, "compile", compile_it), \
-            mock.patch.object(training, "compiles", lambda wanted, state: bool(wanted)):
+    with patched(torch.nn.Module, compile=compile_it), \
+            patched(training, compiles=lambda wanted, state: bool(wanted)):
         yield counter
 
 
@@ -442,7 +443,7 @@ def test_bench_of_a_card_runs():
     what it does on any machine."""
     config = Config(**PRESETS["tiny"] | dict(width=8, depths=[1] * 4, heads=[1, 1, 2, 2], dim=16))
     state = training.Run(torch.device("cpu"), dtype=torch.bfloat16)
-    with quiet(), mock.patch.object(training, "compiles", lambda wanted, state: False):
+    with quiet(), patched(training, compiles=lambda wanted, state: False):
         found = throughput.card(config, state, 4, rounds=1, size=64, shrink=20)
     names = "dense", "step", "detection", "segmentation", "depth", "pose"
     assert found.keys() == {f"{n} {how}" for n in names for how in ("eager", "compiled")}
@@ -1170,13 +1171,10 @@ def test_detection_loop_does_what_it_says():
         train, val = data.open_detection("toyworld:2", 64)
         full, empty = train.source.samples
         train.source.samples = [full, {k: v if k == "image" else v[:0] for k, v in empty.items()}]
-        real, aps = (finetune_det.open_detection, finetune_det.evaluate), iter((0.2, 0.5, 0.3))
-        finetune_det.open_detection = lambda *a, **k: (train, val)
-        finetune_det.evaluate = lambda *a: dict.fromkeys(finetune_det.HEADLINE, next(aps))
-        try:
+        aps = iter((0.2, 0.5, 0.3))
+        with patched(finetune_det, open_detection=lambda *a, **k: (train, val),
+                     evaluate=lambda *a: dict.fromkeys(finetune_det.HEADLINE, next(aps))):
             assert finetune_det.main(args) == {"AP": 0.5, "step": 5}
-        finally:
-            finetune_det.open_detection, finetune_det.evaluate = real
         best, last = (torch.load(at / f"run/{name}.pt") for name in ("best", "last"))
         assert (best["step"], last["step"], last["best"]) == (4, 5, 0.5)
         torch.manual_seed(0)
@@ -1977,14 +1975,10 @@ def test_perfect_heatmaps_score_1():
         found = [known[c.numpy().tobytes()] for c in crops]
         return (np.array([a.numpy() + moved * offset for a, _, offset in found]).reshape(-1, 17, 2),
                 np.array([score.numpy() for _, score, _ in found]).reshape(-1, 17))
-    real = finetune_pose.predict
-    try:
-        for moved, rank, world in ((0, 0, 1), (1, 0, 1), (1, 0, 2), (1, 1, 2)):
-            finetune_pose.predict = functools.partial(exact, moved)
+    for moved, rank, world in ((0, 0, 1), (1, 0, 1), (1, 0, 2), (1, 1, 2)):
+        with patched(finetune_pose, predict=functools.partial(exact, moved)):
             finetune_pose.evaluate(PoseEstimator(TINY), val, args,
                                    Part(torch.device("cpu"), rank, world))
-    finally:
-        finetune_pose.predict = real
     perfect, one, first, second = parts
     assert len(known) > 10 and perfect.result()["AP"] > 0.999, perfect.result()
     assert len(one.images) == 16 and len(first.images) == len(second.images) == 8
@@ -2728,11 +2722,8 @@ def test_own_joints():
         for part in ("train", "val"):
             coco(at, ear, f"person_keypoints_{part}", kinds=kinds)
         train = pose.open_pose(at, (32, 16), augment=(0.5, 40.0))[0]
-        pose.random_view = lambda *a: seen.append(a[6]) or real(*a)
-        try:
+        with patched(pose, random_view=lambda *a: seen.append(a[6]) or real(*a)):
             labelled = {tuple(train[e, 0]["labelled"].nonzero()[:, 0].tolist()) for e in range(20)}
-        finally:
-            pose.random_view = real
         assert labelled == {(0,), (1,)} and set(seen) == {None}     # the other ear; no halves
         with quiet():
             out = finetune_pose.main(args_for(
@@ -2880,19 +2871,6 @@ def args_for(script, *flags):
     """Parsed flags, on the CPU: what is compared to the last digits is compared there."""
     flags = ["--preset", "tiny", "--device", "cpu", *map(str, flags)]
     return training.parse(script.flags(), script.PRESETS, flags)
-
-
-@contextlib.contextmanager
-def patched(thing, **values):
-    """Within the block the attributes of a module or class have these values."""
-    before = {name: getattr(thing, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(thing, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(thing, name, value)
 
 
 def test_pretrained_parts_load_bit_equal():
@@ -4202,7 +4180,7 @@ def test_reproduce_makes_every_table_once():
     made, real = [], reproduce.do
     note = lambda fit, version: made.append(fit) or real(fit, version)
     with folder() as at, quiet(), mock.patch.dict(reproduce.RECIPES, tiny=tiny), \
-            mock.patch.object(reproduce, "do", note):
+            patched(reproduce, do=note):
         for table, runs in (("table3", 8), ("table4", 3), ("table5", 4), ("table6", 4),
                             ("table7", 8), ("table8", 9), ("figure5", 0)):
             before, flags = len(made), ["--tasks", "semantic"] * (table != "table3")
@@ -4243,7 +4221,7 @@ def test_reproduce_ends_and_goes_on():
         def stopped(_):
             time.sleep(0.2)
             raise Stopped(2, "--resume goes on")
-        with mock.patch.object(pretrain, "main", stopped):
+        with patched(pretrain, main=stopped):
             for version, seconds in (("abc", 0.2), ("def", 0.4)):
                 with raises(Stopped, "the same command goes on"):
                     reproduce.do(fits[2], version)
