@@ -26,11 +26,12 @@ import argparse
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -176,14 +177,12 @@ def against_dense(args, config, device):
     return result
 
 
-def memory_against_dense(args):
+def memory_against_dense(args, config):
     """Peak memory of a quarter-visible encoder and of the dense one, each in its own process."""
     memory = {}
     for name in ("dense", "visible"):
-        flags = [f"--batch-size={args.batch_size}", f"--preset={args.preset}"]
-        out = subprocess.run([sys.executable, __file__, f"--memory-of={name}", *flags],
-                             capture_output=True, text=True, check=True).stdout
-        memory[name] = int(out)
+        with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            memory[name] = fresh.submit(peak_memory, name, config, args.batch_size).result()
     ratio = round(memory["visible"] / memory["dense"], 3)
     if not args.json:
         print("peak memory beyond weights and gradients: "
@@ -324,7 +323,7 @@ def main(args):
     if set(args.parts) & {"encoder", "step"}:
         result |= against_dense(args, config, device)
     if "encoder" in args.parts:
-        result |= memory_against_dense(args)
+        result |= memory_against_dense(args, config)
     if "losses" in args.parts:
         result |= (share := losses_share(config, device))
         if not args.json:
@@ -361,13 +360,9 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
     parser.add_argument("--card-batch", type=int, default=256, help="for card, default: 256")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds, default: 3")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)      # used by the script itself
     args = parser.parse_args()
     args.parts = args.parts or ["encoder", "step", "plan", "loading"] + \
         ["card"] * torch.cuda.is_available()
     if set(args.parts) - set(NEEDS):
         parser.error(f"parts are {', '.join(NEEDS)}")
-    if args.memory_of:
-        print(peak_memory(args.memory_of, Config(**PRESETS[args.preset]), args.batch_size))
-    else:
-        launch(main, args)
+    launch(main, args)
