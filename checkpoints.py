@@ -14,7 +14,7 @@ from model import resize_bias_table, swin_from_others
 
 # what torch.load raises for files that are broken, foreign, or full of code
 BROKEN = (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError,
-          TypeError, pickle.UnpicklingError)
+          TypeError)
 PARTS = ("backbone", "bifpn", "decoder")        # what a task can inherit (Table 4)
 
 
@@ -30,16 +30,24 @@ def save(state, path):
                          "the last checkpoint is untouched") from None
 
 
-def read(path, flag):
-    """A checkpoint of ours -> dict of plain types and CPU tensors; InputError if it is none."""
+def read_file(path, flag):
+    """What torch.save wrote, if it is plain types and tensors, on the CPU; else InputError."""
     if not Path(path).is_file():
         hint = "; pretrain.py writes it as best.pt below its --out" * (flag == "--init")
         raise InputError(f"{flag} {path}: no such file{hint}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(f"{flag} {path}: not written by torch.save (a web page? or safetensors?), "
+                         "or it holds more than tensors: then load it where you trust it, "
+                         "torch.load(FILE, weights_only=False), and save the state dict") from None
     except BROKEN as error:
-        raise InputError(f"{flag} {path}: not a readable checkpoint "
-                         f"({type(error).__name__})") from None
+        raise InputError(f"{flag} {path}: not a readable file ({type(error).__name__})") from None
+
+
+def read(path, flag):
+    """A checkpoint of ours -> dict; InputError if it is none."""
+    state = read_file(path, flag)
     if not isinstance(state, dict) or "model" not in state or "config" not in state:
         raise InputError(f"{flag} {path}: not a checkpoint of nanoGLID (no model and config in it)")
     return state
@@ -88,20 +96,7 @@ def load_parts(glid, path, parts, run):
 def load_backbone(glid, path, run):
     """--init-backbone FILE: a Swin's state dict as torchvision, timm or the official repositories
     (Swin, SimMIM) write it, wrapped or not, of any precision and window; else InputError."""
-    path = path.removeprefix("torchvision:")                # how the flag was once spelled
-    if not Path(path).is_file():
-        raise InputError(f"--init-backbone {path}: no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InputError(f"--init-backbone {path}: not written by torch.save (a web page? or "
-                         "safetensors?), or it holds more than tensors: then load it where you "
-                         "trust it, torch.load(FILE, weights_only=False), and save the state dict"
-                         ) from None
-    except BROKEN as error:
-        raise InputError(f"--init-backbone {path}: not a readable file of weights "
-                         f"({type(error).__name__})") from None
-    weights = unwrapped(content)
+    weights = unwrapped(read_file(path, "--init-backbone"))
     if any(k.startswith("glid.") for k in weights):
         raise InputError(f"--init-backbone {path}: a checkpoint of nanoGLID; use --init {path} "
                          "--load backbone")

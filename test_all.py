@@ -2943,7 +2943,7 @@ def test_backbones_of_others():
             torch.save(content, at / f"{name}.pth")
             net = GLID(config)
             with contextlib.redirect_stdout(io.StringIO()) as said:
-                checkpoints.load_backbone(net, f"torchvision:{at}/{name}.pth", state)
+                checkpoints.load_backbone(net, at / f"{name}.pth", state)
             for k, v in expected.items():
                 assert_close(net.backbone.state_dict()[k], v, 1e-3 if name == "half" else 1e-9, k)
             assert "window of 7 resized to 6" in said.getvalue()
@@ -2957,9 +2957,9 @@ def test_backbones_of_others():
                             ("config.pth", "weights_only=False"), ("none.pth", "no such file"),
                             ("page.pth", "not written by torch.save")):
             with raises(InputError, "--init-backbone", name, words):
-                checkpoints.load_backbone(GLID(config), str(at / name), None)
+                checkpoints.load_backbone(GLID(config), at / name, None)
         with raises(InputError, "--init-backbone", "preset"):               # of another size
-            checkpoints.load_backbone(GLID(TINY), str(at / "timm.pth"), state)
+            checkpoints.load_backbone(GLID(TINY), at / "timm.pth", state)
         torch.save({"model": Pretrainer(config).state_dict(), "config": {}}, at / "ours.pt")
         both = argparse.Namespace(init_backbone=str(at / "timm.pth"), init=at / "ours.pt",
                                   load=None)
