@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -318,14 +318,6 @@ def claim(folder):
 # What a run reports
 
 
-class Due(NamedTuple):
-    """See Progress.due."""
-    log: bool
-    save: bool
-    stop: int
-    evaluate: bool
-
-
 class Progress:
     """Progress bar, mean loss since the last report, the watch for a loss of NaN and for signals.
 
@@ -371,12 +363,12 @@ class Progress:
         return signal.SIGINT if seen[0] else signal.SIGTERM if seen[1] else 0
 
     def due(self, step, args, every):
-        """What is due after this step: a line of log, a checkpoint, the end (a signal's number, the
-        same on all processes), an evaluation. Evaluations come every `every` steps and after the
-        last one; the run is saved before each, because an evaluation may fail."""
+        """What is due after this step: log, a line of log; save, a checkpoint; stop, the end (a
+        signal's number, the same on all processes, or 0); evaluate, an evaluation. Those come every
+        `every` steps and after the last one; the run is saved before each, because it may fail."""
         stop, evaluate = self.stops(), step % every == 0 or step == self.bar.total
         save = evaluate or bool(stop) or step % args.save_every == 0
-        return Due(save or step % 20 == 0, save, stop, evaluate)
+        return SimpleNamespace(log=save or step % 20 == 0, save=save, stop=stop, evaluate=evaluate)
 
     def stop(self, number):
         """End the run, whose last step is saved."""
