@@ -2603,7 +2603,7 @@ def test_depth_pairs():
         depth = opened(at, "depth", depth_scale=256.0)[1][0]["depth"]
         assert (depth == 20).all() and depth.dtype == torch.float32
         fill(at, {place: np.array([[1000, 65535], [0, 65534]], np.uint16)})
-        metres = torch.from_numpy(files.read_depth(at / place, 1000))
+        metres = opened(at, "depth")[1].labels(0)["depth"]
         assert_close(metres, torch.tensor([[1, 0], [0, 65.534]]), 1e-6)
         for pixels in (*map(deep.astype, (np.uint8, np.float32)), PHOTO, -deep.astype(np.int32)):
             fill(at, {place: (pixels, dict(format="tiff"))})

@@ -185,16 +185,6 @@ def read_labels(path):
     return read_pixels(path, modes, "a label map has one channel of whole numbers").astype(np.int32)
 
 
-def read_depth(path, scale):
-    """A 16-bit PNG -> float32 [H, W], value / scale = metres, 0 = no measurement."""
-    what = "depth must have 16 bits and one channel, whole numbers of 1 / --depth-scale metres"
-    values = read_pixels(path, ("I", "I;16", "I;16B"), what)
-    if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 65535):
-        raise InputError(f"{path}: {what}")
-    # sensors write the largest value where nothing is in range
-    return np.where(values == 65535, 0, values).astype(np.float32) / np.float32(scale)
-
-
 def read_numbers(path):
     """An RGB PNG whose channels are digits (alpha is dropped) -> R + 256 G + 65536 B int32 [H, W].
     """

@@ -34,10 +34,10 @@ from formats.files import (
     hold_out,
     limit_classes,
     list_images,
-    read_depth,
     read_labels,
     read_lines,
     read_numbers,
+    read_pixels,
     refuse,
     shows,
 )
@@ -332,12 +332,18 @@ def read_ade_instances(read, order, things, keys, record):
 def open_depth_pairs(root, on_error, scale):
     """[training, validation] of photos and depth maps; None if the format is another."""
     found = find_pairs(root, PHOTOS, DEPTHS, on_error)
-    return both_parts(root, found, partial(read_metres, scale)) if found else None
+    return both_parts(root, found, partial(read_depth, scale)) if found else None
 
 
-def read_metres(scale, record):
-    """Record of photo and depth PNG -> {"depth": float32 [H, W] metres, 0 = none}, (H, W)."""
-    depth = read_depth(record["label"], scale)
+def read_depth(scale, record):
+    """Record of photo and 16-bit PNG -> {"depth": float32 [H, W], value / scale = metres, 0 = no
+    measurement} and (H, W)."""
+    what = "depth must have 16 bits and one channel, whole numbers of 1 / --depth-scale metres"
+    values = read_pixels(record["label"], ("I", "I;16", "I;16B"), what)
+    if values.dtype.itemsize > 2 and (values.min() < 0 or values.max() > 65535):
+        raise InputError(f"{record['label']}: {what}")
+    # sensors write the largest value where nothing is in range
+    depth = np.where(values == 65535, 0, values).astype(np.float32) / np.float32(scale)
     return {"depth": depth}, depth.shape
 
 
@@ -367,7 +373,7 @@ def open_lists(root, on_error, scale):
             else:
                 refuse(f"{path}: line {n}: {' or '.join(words[:2])} is not in {root}", on_error)
         found[split] = path, records
-    read = partial(read_metres, scale)
+    read = partial(read_depth, scale)
     return both_parts(root, found, read, kinect_frame=True) if found else None
 
 
