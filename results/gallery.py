@@ -7,9 +7,13 @@ The scripts write their samples as one PNG of eight examples of equal size below
 first few of them stand side by side here.
 """
 import argparse
+import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import draw
 
 EXAMPLES = 8                            # in a PNG of the scripts
 WIDTH, STRIP, GAP = 1440, 18, 12        # px: the gallery, a caption, white between examples
@@ -20,23 +24,11 @@ def row(caption, picture, count):
     height = picture.height // EXAMPLES
     width = (WIDTH - GAP * (count - 1)) // count
     size = width, round(height * width / picture.width)
-    canvas = Image.new("RGB", (WIDTH, size[1] + STRIP), "white")
-    ImageDraw.Draw(canvas).text((2, 3), caption, fill="black")
-    for i in range(count):
-        example = picture.crop((0, i * height, picture.width, (i + 1) * height))
-        canvas.paste(example.resize(size, Image.LANCZOS), (i * (width + GAP), STRIP))
-    return canvas
-
-
-def gallery(pictures, count):
-    """pictures: list of (caption, PIL image). Returns one PIL image of a row for each."""
-    rows = [row(caption, picture, count) for caption, picture in pictures]
-    canvas = Image.new("RGB", (WIDTH, sum(r.height for r in rows)), "white")
-    top = 0
-    for r in rows:
-        canvas.paste(r, (0, top))
-        top += r.height
-    return canvas
+    examples = [picture.crop((0, i * height, picture.width, (i + 1) * height))
+                .resize(size, Image.LANCZOS) for i in range(count)]
+    strip = Image.new("RGB", (WIDTH, STRIP), "white")
+    ImageDraw.Draw(strip).text((2, 3), caption, fill="black")
+    return draw.below([strip, draw.beside(examples, GAP)])
 
 
 if __name__ == "__main__":
@@ -51,5 +43,6 @@ if __name__ == "__main__":
     missing = [f for _, f in pairs if not Path(f).is_file()]
     if missing:
         parser.error(f"no such picture: {missing[0]!r}; give CAPTION=FILE")
-    gallery([(c, Image.open(f).convert("RGB")) for c, f in pairs], args.count).save(args.out)
+    rows = [row(c, Image.open(f).convert("RGB"), args.count) for c, f in pairs]
+    draw.below(rows).save(args.out)
     print(args.out)
