@@ -23,9 +23,6 @@ KEYPOINTS = ("nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_sho
              "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle", "right_ankle")
 SKELETON = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7),
             (6, 8), (7, 9), (8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
-PALETTE = np.array([[220, 60, 60], [150, 100, 50], [250, 130, 180], [255, 150, 0], [0, 110, 50],
-                    [90, 60, 200], [120, 60, 90], [150, 210, 255], [110, 200, 80],
-                    [230, 210, 140], [110, 110, 110], [30, 90, 200]], np.uint8)  # [K, 3]
 
 FOCAL = 0.7       # focal length in image widths: a field of view of 71 degrees
 MAX_DEPTH = 10.0  # metres: farther ground is clipped, as a real depth sensor saturates

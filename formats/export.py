@@ -9,11 +9,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+import torch
+from PIL import Image
 from tqdm import tqdm
 
+import draw
 from formats.masks import to_runs
-from toyworld import CLASSES, FOCAL, KEYPOINTS, PALETTE, SKELETON, SPLIT_START, THINGS, scene
+from toyworld import CLASSES, FOCAL, KEYPOINTS, SKELETON, SPLIT_START, THINGS, scene
 
 
 def export(root, layout, count, size, seed, split):
@@ -85,24 +87,20 @@ def coco_annotations(s, image_id):
 
 
 def preview(file, count, size, seed):
-    """Write a contact sheet, a scene to a row: photo | classes | depth | boxes and poses."""
-    zoom, rows = max(1, 192 // size), []
+    """Write a contact sheet, a scene to a row: photo | classes | depth | boxes | poses, in which
+    hidden joints are rings."""
+    rows, room = [], draw.SAMPLE
     for i in range(count):
         s = scene(seed, i, size)
-        depth = np.uint8(s["depth"] * 25.5)[..., None].repeat(3, 2)
-        panels = np.concatenate([s["image"], PALETTE[s["semantic"]], depth, s["image"]], 1)
-        row = Image.fromarray(panels.repeat(zoom, 0).repeat(zoom, 1))
-        draw = ImageDraw.Draw(row)
-        boxes, poses = s["boxes"] * zoom, s["keypoints"] * (zoom, zoom, 1)
-        boxes[:, ::2] += 3 * size * zoom
-        poses[..., 0] += 3 * size * zoom
-        for box, c, pose in zip(boxes.tolist(), s["classes"], poses.tolist()):
-            draw.rectangle(box, outline=tuple(PALETTE[c].tolist()))
-            for (ax, ay, av), (bx, by, bv) in ((pose[a], pose[b]) for a, b in SKELETON):
-                if av and bv:
-                    draw.line((ax, ay, bx, by), "yellow" if av + bv == 4 else "red")
-        rows.append(np.asarray(row))
-    Image.fromarray(np.concatenate(rows)).save(file)
+        photo, joints = torch.from_numpy(s["image"]).permute(2, 0, 1), s["keypoints"]
+        depth = draw.depth_map(s["depth"], *draw.depth_range(s["depth"]))
+        names = [CLASSES[k] for k in s["classes"]]
+        rows.append(draw.beside([
+            draw.canvas(photo, room)[0], draw.semantic(photo, s["semantic"], CLASSES, room),
+            draw.canvas(depth, room)[0], draw.boxes(photo, s["boxes"], s["classes"], names, room),
+            draw.skeletons(photo, joints[..., :2], 0.45 * joints[..., 2], [""] * len(joints),
+                           room=room)]))
+    draw.save(draw.below(rows), file)
 
 
 if __name__ == "__main__":
