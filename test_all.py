@@ -3214,17 +3214,6 @@ def test_one_run_writes_into_a_folder():
         other(at).communicate("\n")
 
 
-def test_accumulated_micro_steps_are_one_batch():
-    """Detection in four micro-steps of one photo, with 3 to 8 objects, as in one step of four."""
-    with folder() as at, quiet(), steady_adam():
-        flags = ["--data", "toyworld:8", "--workers", 0, "--steps", 3, "--query-lr", 0, "--queries",
-                 12, "--many-queries", 24, "--clip", 1e6]       # which would hide a factor
-        for name, size, parts in (("one", 4, 1), ("four", 1, 4)):
-            finetune_det.main(args_for(finetune_det, *flags, "--batch-size", size, "--accumulate",
-                                       parts, "--out", at / name))
-        assert weights_differ(at / "one/last.pt", at / "four/last.pt") < STEADY
-
-
 TASKS = ["--data", "toyworld:7", "--workers", 0, "--overfit", "--lr", 3e-3, "--points", 64,
          "--tasks", "semantic,instance,panoptic", "--object-threshold", 0.1,
          "--overlap-threshold", 0.1]
