@@ -280,22 +280,14 @@ def flags():
     return parser
 
 
-def read(path):
-    """-> (photo uint8 [3, H, W], None), or (None, what is wrong with it)."""
-    try:
-        return as_photo(path), None
-    except InputError as error:
-        return None, str(error)
-
-
 def ahead(function, items, pool, count):
-    """function(item) for each item in order, `count` of them under way in the background."""
+    """Futures of function(item) for each item in order, the next `count` under way already."""
     items = iter(items)
     waiting = deque(pool.submit(function, i) for i in islice(items, count))
     while waiting:
-        result = waiting.popleft().result()
+        future = waiting.popleft()
         waiting.extend(pool.submit(function, i) for i in islice(items, 1))
-        yield result
+        yield future
 
 
 @contextlib.contextmanager
@@ -342,14 +334,16 @@ def main(args):
     # one thread reads ahead, one draws and writes what is answered, while the network works
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer, stoppable(out), \
             tqdm(total=len(todo), desc=model.task, file=sys.stdout, mininterval=1) as bar:
-        photos = enumerate(ahead(read, [path for path, _ in todo], reader, model.batch_size + 1))
+        photos = enumerate(ahead(as_photo, [path for path, _ in todo], reader, model.batch_size))
         while part := list(islice(photos, model.batch_size)):
-            for _, (_, error) in part:
-                if error:
-                    broken.append(error)
+            good = []
+            for i, photo in part:
+                try:
+                    good.append((i, photo.result()))
+                except InputError as error:
+                    broken.append(str(error))
                     bar.clear()
                     print(f"skipped: {error}", file=sys.stderr, flush=True)
-            good = [(i, photo) for i, (photo, error) in part if not error]
             asked = [boxes[i] if boxes else None for i, _ in good]
             found = model.ask([photo for _, photo in good], asked) if good else []
             for (i, photo), answer in zip(good, found):
