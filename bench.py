@@ -325,10 +325,7 @@ def main(args):
     if "encoder" in args.parts:
         result |= memory_against_dense(args, config)
     if "losses" in args.parts:
-        result |= (share := losses_share(config, device))
-        if not args.json:
-            print("detection, 16 images of 640 px, 20 objects each: {:.2f} s of matching and losses"
-                  ", {:.1f} s of network, ratio {:.4f}".format(*share.values()))
+        result |= told(losses_share(config, device), args)
     if "data" in args.parts:
         result |= loading_against_torchvision(args)
     if set(args.parts) & {"plan", "loading"}:
