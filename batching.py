@@ -1,8 +1,8 @@
 """
 Which samples a step holds, and how they travel from the data processes to the device.
 
-Resuming is exact because the samples of a step are a pure function of (seed, step), and their
-augmentation of (seed, epoch, index).
+Resuming is exact because no random state passes from one step to the next: the samples of a step
+and the network's noise are pure functions of (seed, step), augmentation of (seed, epoch, index).
 """
 import atexit
 import contextlib
@@ -26,10 +26,9 @@ from data import InputError, derive_seed
 class Batches:
     """Which samples each micro-batch of this process holds, for steps start..stop-1.
 
-    A pure function of (seed, step): epoch e visits a permutation drawn from (seed, e), a step takes
-    the next `total` of it, split over micro-steps and ranks. So resuming needs only the step,
-    and the samples of a step do not depend on how many processes share it. The tail of an epoch
-    that does not fill a step is dropped. Yields lists of (epoch, index) for DataLoader.
+    Epoch e visits a permutation drawn from (seed, e), a step takes the next `total` of it, split
+    over micro-steps and ranks, so that it does not depend on how many processes share it. The tail
+    of an epoch that does not fill a step is dropped. Yields lists of (epoch, index) for DataLoader.
 
     kinds: the kind of a sample is index % kinds. If there are several, any n samples in a row hold
     n / kinds (rounded down or up) of each kind.

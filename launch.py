@@ -22,8 +22,8 @@ class Stopped(Exception):
 
 
 def launch(main, args):
-    """Call main. An error that the user can fix prints one line on stderr and exits with code 2; a
-    signal prints one line and exits with 128 + its number; only a bug of ours is raised."""
+    """Call main and return what it does, or end the program; the exit code of a signal is 128 + its
+    number, and lines go to stderr."""
     for stream in (sys.stdout, sys.stderr):     # a name that this terminal cannot show is escaped
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")

@@ -4,9 +4,7 @@ A pinhole camera stands on a textured ground plane and looks at 3 to 8 objects, 
 them. scene(seed, index, size) draws one photo and, from the same geometry, its boxes, instance
 masks, semantic and panoptic labels, metric depth and keypoints: exact, without a download.
 Colours overlap between the classes on purpose: shape, texture and context have to be learned.
-
-    python -m formats.export --preview sheet.png                       # look at it first
-    python -m formats.export --out data/toy --layout coco --count 100  # or imagenet, ade20k, nyu
+python -m formats.export --preview sheet.png shows it.
 """
 import colorsys
 import math

@@ -2,9 +2,6 @@
 What surrounds every training loop: flags, the device, processes, signals, schedules, the log. The
 loops themselves stay in the scripts. batching.py chooses the samples of a step, and launch.py ends
 a program.
-
-Resuming is exact because no random state passes from one step to the next: the samples, their
-augmentation and the network's noise are pure functions of (seed, step) or (seed, epoch, index).
 """
 import argparse
 import contextlib
