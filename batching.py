@@ -27,8 +27,8 @@ class Batches:
     """Which samples each micro-batch of this process holds, for steps start..stop-1.
 
     Epoch e visits a permutation drawn from (seed, e), a step takes the next `total` of it, split
-    over micro-steps and ranks, so that it does not depend on how many processes share it. The tail
-    of an epoch that does not fill a step is dropped. Yields lists of (epoch, index) for DataLoader.
+    over micro-steps and ranks: the samples of a step are the same for any number of processes. The
+    tail of an epoch that does not fill a step is dropped. Yields lists of (epoch, index).
 
     kinds: the kind of a sample is index % kinds. If there are several, any n samples in a row hold
     n / kinds (rounded down or up) of each kind.

@@ -22,8 +22,8 @@ class Stopped(Exception):
 
 
 def launch(main, args):
-    """Call main and return what it does, or end the program; the exit code of a signal is 128 + its
-    number, and lines go to stderr."""
+    """Return main(args), or end the program in one line on stderr. The exit code of a signal is
+    128 + its number."""
     for stream in (sys.stdout, sys.stderr):     # a name that this terminal cannot show is escaped
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace")
