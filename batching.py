@@ -251,10 +251,10 @@ class Skipping:
 
 
 class Timed:
-    """Iterate a loader; share() is the share of the time, 0..1, spent waiting for data."""
+    """Iterate a loader; waited: seconds spent waiting for data."""
 
     def __init__(self, loader):
-        self.iterator, self.waited, self.begun = iter(loader), 0.0, time.perf_counter()
+        self.iterator, self.waited = iter(loader), 0.0
         self.dataset = loader.dataset
 
     def __next__(self):
@@ -262,9 +262,6 @@ class Timed:
         batch = next(self.iterator)
         self.waited += time.perf_counter() - before
         return batch
-
-    def share(self):
-        return self.waited / max(time.perf_counter() - self.begun, 1e-9)
 
     def skipped(self):
         """How many different samples this process had to skip so far."""

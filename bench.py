@@ -52,7 +52,7 @@ from launch import launch
 from losses import reconstruction_loss
 from model import PRESETS, Config, Detector, Pretrainer
 from tokens import Layout, whole
-from training import Run, pick_device, precision
+from training import POSITIVE, Run, pick_device, precision
 
 # what a part times besides "dense"
 NEEDS = {"encoder": ["visible", "all_visible"], "step": ["step"], "losses": [], "data": [],
@@ -354,9 +354,9 @@ if __name__ == "__main__":
     parser.add_argument("--data", help="folder of data sets for the part data")
     parser.add_argument("--json", action="store_true", help="print only one line of JSON")
     parser.add_argument("--preset", choices=PRESETS, default="base", help="sizes of the model")
-    parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
-    parser.add_argument("--card-batch", type=int, default=256, help="for card, default: 256")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, default: 3")
+    parser.add_argument("--batch-size", type=POSITIVE, default=8, help="default: 8")
+    parser.add_argument("--card-batch", type=POSITIVE, default=256, help="for card, default: 256")
+    parser.add_argument("--rounds", type=POSITIVE, default=3, help="timed rounds, default: 3")
     args = parser.parse_args()
     args.parts = args.parts or ["encoder", "step", "plan", "loading"] + \
         ["card"] * torch.cuda.is_available()

@@ -134,9 +134,9 @@ def unwrapped(content):
     return weights
 
 
-# flags that may change when a run is resumed; the last five change the rest of the run
+# flags that may change when a run is resumed; the last six change the rest of the run
 CHANGEABLE = {"resume", "eval", "check", "workers", "out", "compile", "device", "save_every",
-        "eval_every", "batch_size", "accumulate", "steps", "epochs", "on_error"}
+        "eval_every", "batch_size", "accumulate", "steps", "epochs", "lr", "on_error"}
 # flags that decide what the weights mean: they must not change with --eval either
 ANSWERS = {"preset", "window", "decoder_layers", "tasks", "queries", "many_queries", "min_depth",
            "max_depth", "norm_pix", "sigma"}
@@ -190,7 +190,7 @@ def resume(args, model, optimizer, run, dataset):
         raise InputError(f"--out {path}: does not fit these flags, made with --preset "
                          f"{checkpoint['preset']} ({str(error).splitlines()[0]})") from None
     run.print0(f"{path}: step {checkpoint['step']}, trained on {checkpoint['args']['data']}")
-    for key in ("steps", "epochs"):
+    for key in ("steps", "epochs", "lr"):
         was, now = checkpoint["args"].get(key), getattr(args, key, None)
         if not args.eval and now and was != now:
             run.print0(f"--{key} {now} now, {was} before")
@@ -203,8 +203,9 @@ def save_checkpoint(args, model, optimizer, run, step, best, dataset, is_best=Fa
     hold config, preset, flags, what the dataset means. FloatingPointError for inf or NaN in them.
     ungraded: the evaluation of this step is still due, and a resumed run begins with it."""
     if not all(p.isfinite().all() for p in model.parameters()):     # the same on all processes
-        raise FloatingPointError(f"a weight is not finite after step {step}: lower --lr; the "
-                                 "last checkpoint is untouched, --resume continues from it")
+        raise FloatingPointError(f"a weight is not finite after step {step}: lower --lr; "
+                                 "with --resume the run goes on from its last checkpoint, if there "
+                                 "is one")
     if run.rank == 0:
         content = {"model": model.state_dict(), "step": step, "best": best, "preset": args.preset,
                    "config": model.glid.config.to_dict(), "args": vars(args), "due": ungraded,

@@ -21,7 +21,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from formats.drawn import ToyWorld, toy_scenes
-from formats.files import IGNORE, InputError, list_images, read_image, read_view
+from formats.files import IGNORE, InputError, list_images, read_image, read_view, shows
 from formats.folders import open_folder, photo_folders, readable
 from formats.masks import unstack
 from tokens import Layout, row_budget
@@ -86,6 +86,9 @@ def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop",
     train, val = open_folder(path, keys, on_error, **reading)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     train = train.subset(sorted(order[:max(1, round(fraction * len(train)))].tolist()))
+    if not any(map(shows, train.records)):
+        raise InputError(f"--data-fraction {fraction}: no object in the {len(train)} training "
+                         "photos that it leaves; take more")
     val = train if overfit else val
     val = readable(val) if on_error == "skip" else val
     return [val if overfit else train, val]

@@ -207,7 +207,7 @@ def main(args):
                                   fused=True)
     step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)
     if args.eval or (step >= args.steps and not ungraded):
-        errors = evaluate(model, val, args, run, Path(args.out, "samples", "eval.png"))
+        errors = evaluate(model, val, args, run, training.eval_picture(args, run))
         run.print0(f"{words(errors)} of {errors['images']} images, step {step}")
         return errors | {"step": step}
     batching.steps_per_epoch(len(train), args, run)

@@ -156,8 +156,8 @@ def main(args):
     step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)
     steps = batching.schedule(len(train), args, run)
     if args.eval or (step >= steps and not ungraded):
-        ap = evaluate(model, val, args, run, Path(args.out, "samples", "eval.png"))["AP"]
-        run.print0(f"box AP {100 * ap:.2f} of {len(val)} images, step {step}")
+        ap = evaluate(model, val, args, run, training.eval_picture(args, run))["AP"]
+        run.print0(f"box AP {training.percent(ap)} of {len(val)} images, step {step}")
         return {"AP": ap, "step": step}
     total_batch = args.batch_size * run.world * args.accumulate
     training.describe(run, model, train, val, total_batch, steps, args.lr)
@@ -214,7 +214,8 @@ def main(args):
                 with bar.evaluation():
                     best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
 
-    run.print0(f"best box AP {100 * best:.1f} in {step} steps; {args.out}/samples/{step:06d}.png")
+    run.print0(f"best box AP {training.percent(best, 1)} in {step} steps; "
+               f"{args.out}/samples/{step:06d}.png")
     run.print0(training.how_to_ask(args))
     return {"AP": best, "step": step}
 

@@ -175,12 +175,13 @@ def main(args):
     step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)
     steps = batching.schedule(len(train), args, run)
     if args.eval or (step >= steps and not ungraded):
-        result = evaluate(model, val, args, run, Path(args.out, "samples", "eval.png"))
-        run.print0(", ".join(f"{k} {100 * v:.2f}" for k, v in result.items())
+        result = evaluate(model, val, args, run, training.eval_picture(args, run))
+        run.print0(", ".join(f"{k} {training.percent(v)}" for k, v in result.items())
                    + f" ({boxes}) of {len(val)} images, step {step}")
         return {"AP": result["AP"], "step": step}
     total_batch = args.batch_size * run.world * args.accumulate
-    training.describe(run, model, train, val, total_batch, steps, args.lr)
+    training.describe(run, model, train, val, total_batch, steps, args.lr,
+                      args.warmup_steps)
 
     training.compile_blocks(model, args, run)
     ddp = run.wrap(model)                               # averages gradients over the processes
@@ -234,7 +235,7 @@ def main(args):
                 with bar.evaluation():
                     best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
 
-    run.print0(f"best AP {100 * best:.1f} in {step} steps, {boxes}; "
+    run.print0(f"best AP {training.percent(best, 1)} in {step} steps, {boxes}; "
                f"{args.out}/samples/{step:06d}.png")
     run.print0(training.how_to_ask(args))
     return {"AP": best, "step": step}

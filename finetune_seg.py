@@ -17,6 +17,7 @@ the paper does not mention. OUT holds last.pt, best.pt, log.jsonl and samples/*.
 truth and prediction of each task.
 """
 import argparse
+import math
 from bisect import bisect_left, bisect_right
 from pathlib import Path
 
@@ -282,6 +283,9 @@ def evaluate(model, dataset, args, run, path=None):
     if path and run.rank == 0:
         draw.save(draw.below(rows), path)
     results = {t: run.merged(metrics[t]).result() for t in args.tasks}
+    if "semantic" in results and math.isnan(results["semantic"]["mIoU"]):
+        raise InputError(f"--data {args.data}: no pixel of the validation photos has a class; is "
+                         "that due to --first-label or --ignore-label?")
     return {name: results[t][name] for t in args.tasks for name in REPORT[t]}
 
 
@@ -292,7 +296,8 @@ def main_metrics(results):
 
 def words(results):
     """The main metrics, in percent, in one line of text."""
-    return ", ".join(f"{name} {100 * value:.2f}" for name, value in main_metrics(results).items())
+    found = main_metrics(results).items()
+    return ", ".join(f"{name} {training.percent(value)}" for name, value in found)
 
 
 def build(args, dataset, run):
@@ -362,7 +367,7 @@ def main(args):
                                   fused=True)
     step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)
     if args.eval or (step >= args.steps and not ungraded):
-        results = evaluate(model, val, args, run, Path(args.out, "samples", "eval.png"))
+        results = evaluate(model, val, args, run, training.eval_picture(args, run))
         run.print0(f"{words(results)} of {len(val)} images, step {step}")
         return main_metrics(results) | {"step": step}
     batching.steps_per_epoch(len(train), args, run)

@@ -48,7 +48,7 @@ def hungarian(cost, counts, repeats=1):
             counts, device=term.device)[:, None, None]
         if not term.masked_fill(~real, 0).isfinite().all():
             raise FloatingPointError(f"matching cost '{name}' is not finite: the network diverged; "
-                                     "lower --lr or resume from the last checkpoint")
+                                     "lower --lr")
     total = sum(cost.values()).cpu().numpy()
     found = [np.zeros((4, 0), np.int64)]
     for layer, image in np.ndindex(total.shape[:2]):

@@ -83,7 +83,7 @@ def objects(part, source):
              f"photos: {shares(kinds, counts, kept.sum())}"
              + "; left out: " * bool(told) + ", ".join(told)]
     crowd = np.concatenate([x["iscrowd"] for x in every])
-    if crowd.mean() > 0.1:
+    if crowd.sum() > 0.1 * len(crowd):
         found.append(f"note: {crowd.mean():.0%} of the {part} objects are crowds, which are "
                      "neither learned nor graded; some tools write iscrowd 1 for all that is "
                      "painted: if yours does, set it to 0 in the JSON")

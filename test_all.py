@@ -2547,6 +2547,13 @@ def test_mask_folders():
             else:
                 (train,), (val,) = opened(at, "semantic")                   # one is held out
                 assert (train["semantic"] == 0).all() and (val["semantic"] == 1).all()
+    with folder() as at, quiet():                           # no pixel to grade
+        for split, labels in (("train", ones + 1), ("val", 0 * ones)):
+            fill(at, {f"images/{split}/a.png": PHOTO, f"labels/{split}/a.png": labels})
+        fill(at, {"classes.txt": "a\nb\n"})
+        with raises(InputError, "--first-label"):
+            finetune_seg.main(args_for(finetune_seg, "--data", at, "--steps", 1, "--workers", 0,
+                                       "--first-label", 1, "--batch-size", 1, "--out", at / "o"))
     with folder() as at:                                    # an accent as one letter and as two
         fill(at, {f"images/{n}.png": PHOTO for n in ("\u00fc", "b")})
         fill(at, {"labels/u\u0308.png": ones, "labels/b.png": 2 * ones})
@@ -2761,6 +2768,12 @@ def test_what_is_told_before_training():
                 assert "mirrors" in said and "mirrors" not in told(finetune_det, at, "--no-flip")
                 train = data.open_detection(at, 48, flip=False)[0]
                 assert all(train[e, 0]["boxes"][0, 0] < 0.5 for e in range(3))
+    with folder() as at:                                        # objects in the other photos alone
+        first = torch.randperm(8, generator=torch.Generator().manual_seed(0))[0].item()
+        coco(at, [dict(image_id=(first + 1) % 8)], "instances_train", 8, photos="train/{}")
+        coco(at, [{}], "instances_val", 1, photos="val/{}")
+        assert "1 objects in 1 of 8 photos" in told(finetune_det, at)
+        assert "error: --data-fraction" in told(finetune_det, at, "--data-fraction", 0.1)
     with folder() as at:                                        # a roll of films of a telephone
         for i in range(5):
             write_photo(at / f"{i}.JPG")
@@ -3122,8 +3135,11 @@ def test_log_drops_what_is_done_again():
     for due, kept in ((True, lines[:2]), (False, lines[:3])):
         with folder() as at:
             (at / "log.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in lines) + '{"st')
-            training.Log(argparse.Namespace(out=at), training.Run(torch.device("cpu")), 5, due)
+            args = argparse.Namespace(out=at)
+            log = training.Log(args, training.Run(torch.device("cpu")), 5, due)
             assert rows_of(at) == kept
+            log.write(step=7, AP=math.nan, lr=1.23456789e-9)                # NaN is no JSON
+            assert rows_of(at)[-1] == {"step": 7, "AP": None, "lr": 1.23457e-9}
 
 
 def test_every_script_resumes_exactly():
@@ -3299,9 +3315,41 @@ def test_evaluation_needs_the_same_meaning():
             untrained(task, at)
             script, *flags = ASKED[task]
             flags += ["--data", "toyworld:4", "--workers", 0, "--out", at, "--eval"]
+            if script is not pretrain:          # somebody else's folder: graded without a picture
+                (at / "samples").write_text("")
+                assert script.main(args_for(script, *flags))["step"] == 1
+                (at / "samples").unlink()
             assert script.main(args_for(script, *flags, "--batch-size", 99))["step"] == 1
             with raises(InputError, wrong[0], "best.pt"):
                 script.main(args_for(script, *flags, *wrong))
+            args = args_for(script, *flags, "--data", "toyworld:2", "--lr", 5)
+            args.eval, saved = False, checkpoints.read(at / "best.pt", "")      # as with --resume
+            checkpoints.compare(saved, "last.pt", args, argparse.Namespace())
+            args.weight_decay = 7
+            with raises(InputError, "--weight-decay"):
+                checkpoints.compare(saved, "last.pt", args, argparse.Namespace())
+
+
+def test_what_a_run_says_while_it_trains():
+    """Images/s and the share of waiting are those since the last report, without evaluations; a
+    warm-up as long as the run is told; a metric of nothing is no -100."""
+    clock, loader = [5.0], argparse.Namespace(waited=0.0, skipped=lambda: 0)
+    run, said = training.Run(torch.device("cpu")), io.StringIO()
+    with patched(training.time, perf_counter=lambda: clock[0]), contextlib.redirect_stdout(said):
+        bar = training.Progress(0, 100, "test", loader, run, 32)
+        for step, waited, share in ((10, 0, "wait=0%"), (20, 5, "wait=25%")):
+            bar.add(torch.tensor(30.0))
+            clock[0], loader.waited = clock[0] + 20, waited
+            assert bar.report(step) == 3
+            assert "img_s=16," in bar.bar.postfix and share in bar.bar.postfix, bar.bar.postfix
+            with bar.evaluation():
+                clock[0] += 1000
+        for warmup in (4, 5):
+            assert "warm-up" not in said.getvalue()
+            training.describe(run, Pretrainer(TINY), [0], [0], 1, 5, 1e-3, warmup)
+    assert "5 steps" in said.getvalue().splitlines()[-1]
+    assert [training.percent(v) for v in (0.1234, 0.0, -1.0, math.nan)] \
+        == ["12.34", "0.00", "none", "none"]
 
 
 # -----------------------------------------------------------------------------

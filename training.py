@@ -328,6 +328,7 @@ class Progress:
         self.bar = tqdm(initial=step, total=steps, desc=what, disable=run.rank > 0,
                         mininterval=1, smoothing=0.05, file=sys.stdout)
         self.total, self.first = 0.0, step
+        self.begun, self.waited = time.perf_counter(), 0.0      # the seconds since the last report
         self.signal, self.evaluating, self.before = 0, False, {}
 
     def __enter__(self):
@@ -375,13 +376,14 @@ class Progress:
     @contextlib.contextmanager
     def evaluation(self):
         """Around an evaluation, before which the run is saved: a signal ends it at once."""
-        self.evaluating = True
+        self.evaluating, before = True, time.perf_counter()
         if self.signal:                         # it came while the run was saved
             self.stop(self.signal)
         try:
             yield
         finally:
             self.evaluating = False
+            self.begun += time.perf_counter() - before          # images/s are those of training
 
     def add(self, loss):
         """A micro-step's share of its step's loss, a scalar tensor (summed on the device)."""
@@ -392,26 +394,52 @@ class Progress:
         mean = self.run.sum(self.total)[0] / self.run.world / (step - self.first)
         if not math.isfinite(mean):
             raise FloatingPointError(
-                f"the loss is {mean} at step {step}: lower --lr (or look at the data); the last "
-                "checkpoint is untouched, --resume continues from it")
+                f"the loss is {mean} at step {step}: lower --lr (or look at the data); with "
+                "--resume the run goes on from its last checkpoint, if there is one")
         self.bar.update(step - self.bar.n)
-        rate = self.bar.format_dict["rate"] or 0
+        seconds, waited = time.perf_counter() - self.begun, self.loader.waited - self.waited
+        rate = (step - self.first) * self.images / seconds
         if skipped := int(self.run.sum(self.loader.skipped())[0]):
             values["skipped"] = skipped
-        self.bar.set_postfix(loss=f"{mean:.4f}", **values, img_s=f"{rate * self.images:.0f}",
-                             wait=f"{self.loader.share():.0%}", refresh=False)
+        self.bar.set_postfix(loss=f"{mean:.4f}", **values, img_s=f"{rate:.0f}",
+                             wait=f"{waited / seconds:.0%}", refresh=False)
         self.total, self.first = 0.0, step
+        self.begun, self.waited = self.begun + seconds, self.waited + waited
         return mean
 
 
-def describe(run, model, train, val, batch, steps, lr):
-    """What a run prints before it starts."""
+def describe(run, model, train, val, batch, steps, lr, warmup=0):
+    """What a run prints before it starts; batch: images a step; warmup: steps."""
     parts = {name: sum(p.numel() for p in part.parameters()) / 1e6
              for name, part in model.glid.named_children()}
     parts["heads"] = sum(p.numel() for p in model.parameters()) / 1e6 - sum(parts.values())
     run.print0("parameters (M): " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
     run.print0(f"{len(train)} training and {len(val)} validation images; {steps} steps of {batch} "
               f"images; peak learning rate {lr:.3g}")
+    if warmup >= steps:
+        run.print0(f"note: the warm-up takes {warmup} steps, so the learning rate rises to the end "
+                   "of the run; give a shorter warm-up")
+
+
+def eval_picture(args, run):
+    """Where rank 0 draws the examples of --eval; None if OUT, perhaps another's, is not writable.
+    """
+    path = Path(args.out, "samples", "eval.png")
+    if run.rank > 0:
+        return None
+    try:
+        path.parent.mkdir(exist_ok=True)
+        (test := path.with_suffix(".tmp")).touch()
+        test.unlink()
+    except OSError as error:
+        run.print0(f"note: no picture, {path.parent} cannot be written ({error.strerror})")
+        return None
+    return path
+
+
+def percent(value, decimals=2):
+    """A metric in 0..1 as text; "none" for -1 and NaN, where there was nothing to find."""
+    return f"{100 * value:.{decimals}f}" if value >= 0 else "none"
 
 
 # -----------------------------------------------------------------------------
@@ -544,5 +572,6 @@ class Log:
     def write(self, **row):
         if self.path:
             with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v
-                                    for k, v in row.items()}) + "\n")
+                # NaN, a metric of nothing, is no JSON
+                f.write(json.dumps({k: v if not isinstance(v, float) else None if math.isnan(v)
+                                    else float(f"{v:.6g}") for k, v in row.items()}) + "\n")
