@@ -3100,7 +3100,7 @@ def test_resume_is_exact():
             run.send_signal(number)
             said = finish(run, code)
             assert torch.load(last)["step"] < 10, "too late"
-            if not more:                        # a killed one may leave its data process's traceback
+            if not more:                        # a killed run may leave a traceback
                 assert "Traceback" not in said and "--resume" in said.splitlines()[-1], said
         with quiet():
             pretrain.main(args_for(pretrain, *part, "--resume"))
