@@ -8,8 +8,9 @@ and pictures to results/.
 
 TABLE is table3 (several tasks in one network), table4 (parts of the pre-trained model), table5
 (decoder layers), table6 (length of pre-training), table7 (masks), table8 (few labels), figure4
-(attention maps) or figure5 (table4's runs as curves). DATA holds imagenet/, ADEChallengeData2016/,
-coco/ and nyu/ in their official formats; each run is one process on one GPU with the paper's batch.
+(attention maps), figure5 (table4's runs as curves) or length (table6 beside backbone and BiFPN
+alone). DATA holds imagenet/, ADEChallengeData2016/, coco/ and nyu/ in their official formats; each
+run is one process on one GPU with the paper's batch.
 
 Tables share runs: each run is made once, in a folder below --out, and the results are written after
 each run. Ctrl-C saves all runs; the same command continues. Fine-tuning seed s starts from
@@ -140,6 +141,11 @@ TABLES = {
             finetuning={"data-fraction": share} if share < 1 else {})
         for share, paper in ((0.1, (31.2, 0.317)), (0.2, (35.0, 0.303)), (0.5, (46.3, 0.295)),
                              (1.0, (52.7, 0.293))) for row in PARTS[1:])),
+    # not in the paper: does the decoder's share grow?
+    "length": (tuple(TASKS), tuple(
+        Row(f"{flags.get('epochs', 1):g} x the epochs, {row.label}", row.load, flags)
+        for flags, row in product(({"epochs": 0.3}, {}, {"epochs": 1.5}, {"epochs": 3.0}),
+                                  PARTS[2:]))),
     "figure4": (tuple(TASKS), PARTS[3:]),
     "figure5": (tuple(TASKS), PARTS),
 }
@@ -355,12 +361,13 @@ def markdown(args, found):
             compared = {f"step {step}": itemgetter(i) for i, step in enumerate(steps)}
         heads = " | difference | ".join([*compared, "paper |"])
         lines += [f"| {task}, {metric} | seeds | {heads}", "|---" * (2 + heads.count("|")) + "|"]
-        above, share = [{}] * len(compared), None
+        above, loaded = [{}] * len(compared), ""
         for row in rows:
             if task not in (row.tasks or columns):
                 continue
-            if share != row.finetuning.get("data-fraction"):    # Table 8: with other labels
-                above, share = [{}] * len(compared), row.finetuning.get("data-fraction")
+            if len(row.load or "") < len(loaded):           # other labels, or another length
+                above = [{}] * len(compared)
+            loaded = row.load or ""
             points = {seed: [e[metric] for e in run["evaluations"]]
                       for seed, run in found[row.label, task].items()}
             values = [{seed: f(p) for seed, p in points.items()} for f in compared.values()]
