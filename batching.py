@@ -2,7 +2,8 @@
 Which samples a step holds, and how they travel from the data processes to the device.
 
 Resuming is exact because no random state passes from one step to the next: the samples of a step
-and the network's noise are pure functions of (seed, step), augmentation of (seed, epoch, index).
+are a pure function of (seed, step), the network's noise of (seed, step, rank), augmentation of
+(seed, epoch, index).
 """
 import atexit
 import contextlib
@@ -27,7 +28,7 @@ class Batches:
     """Which samples each micro-batch of this process holds, for steps start..stop-1.
 
     Epoch e visits a permutation drawn from (seed, e), a step takes the next `total` of it, split
-    over micro-steps and ranks: the samples of a step are the same for any number of processes. The
+    over micro-steps and ranks: however the same `total` is split, a step has the same samples. The
     tail of an epoch that does not fill a step is dropped. Yields lists of (epoch, index).
 
     kinds: the kind of a sample is index % kinds. If there are several, any n samples in a row hold

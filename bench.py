@@ -82,7 +82,7 @@ def contestants(config, device):
 
     def encoder(images, hidden):
         layout = plan(images, hidden)
-        maps = backbone(ours.glid.tokens(images, layout), layout)
+        maps = backbone(ours.glid.visible_units(images, layout), layout)
         return sum(m.float().square().mean() for m in maps)
 
     losses = {

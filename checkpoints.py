@@ -192,8 +192,8 @@ def resume(args, model, optimizer, run, dataset):
     run.print0(f"{path}: step {checkpoint['step']}, trained on {checkpoint['args']['data']}")
     for key in ("steps", "epochs", "lr"):
         was, now = checkpoint["args"].get(key), getattr(args, key, None)
-        if not args.eval and now and was != now:
-            run.print0(f"--{key} {now} now, {was} before")
+        if not args.eval and was != now:
+            run.print0(f"--{key} {now or 'not given'} now, {was or 'not given'} before")
     return checkpoint["step"], checkpoint["best"], checkpoint.get("due", False)
 
 

@@ -135,13 +135,13 @@ def evaluate(model, dataset, args, run, path=None):
         found = predict(model, images, layout, [t.shape for t in truths], run, mirror)
         for image, size, truth, guess in zip(images, sizes, truths, found):
             metric.update(guess.numpy(), truth.numpy(), graded(truth.shape, args))
-            if len(rows) < 8:
+            if len(rows) < 8 and path and run.rank == 0:
                 low, high = draw.depth_range(truth)         # one scale for truth and prediction
                 shown = (image[:, :size[0], :size[1]], draw.depth_map(truth, low, high),
                          draw.depth_map(guess, low, high))
                 rows.append(draw.beside([draw.canvas(x, draw.SAMPLE)[0] for x in shown]))
     model.train()
-    if path and run.rank == 0:
+    if rows:
         draw.save(draw.below(rows), path)
     errors = run.merged(metric).result()
     if not errors["images"]:
@@ -171,7 +171,7 @@ def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
     """Evaluate, draw, save. Returns the errors of the best checkpoint so far, lowest REL first."""
     errors = evaluate(model, val, args, run, Path(args.out, "samples", f"{step:06d}.png"))
     log.write(step=step, **errors)
-    is_best = best is None or not errors["REL"] > best["REL"]          # the first one even if NaN
+    is_best = best is None or errors["REL"] <= best["REL"]
     best = errors if is_best else best
     checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val, is_best)
     return best

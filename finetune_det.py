@@ -90,19 +90,20 @@ def evaluate(model, dataset, args, run, path=None):
     metric, rows = AveragePrecision("box", range(len(dataset.classes))), []
     batches = batching.share([1] * len(dataset), args, run)
     loader = batching.loader(dataset, batches, collate, model.glid.config, args, run)
+    ids = dataset.source.ids
     for batch in loader:
         images, layout, targets = batch.to("cpu")
         originals = [t["size"].tolist() for t in targets]
         found = predict(model, images, layout, originals, run)
         for truth, guess in zip(targets, found):
             truth["labels"] = truth.pop("classes")
-            metric.update(truth["index"].item(), {k: v.numpy() for k, v in guess.items()},
+            metric.update(ids[truth["index"]], {k: v.numpy() for k, v in guess.items()},
                           {k: truth[k].numpy() for k in truth.keys() - {"index", "size"}})
-            if len(rows) < 8:
+            if len(rows) < 8 and path and run.rank == 0:
                 photo = dataset.source[truth["index"]]["image"]
                 rows.append(drawn(photo, truth, guess, dataset.classes))
     model.train()
-    if path and run.rank == 0:
+    if rows:
         draw.save(draw.below(rows), path)
     return run.merged(metric).result()
 
@@ -128,7 +129,7 @@ def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
     """Evaluate, draw, save. Returns the best AP so far."""
     result = evaluate(model, val, args, run, Path(args.out, "samples", f"{step:06d}.png"))
     log.write(step=step, **{k: result[k] for k in HEADLINE})
-    is_best = best is None or not result["AP"] < best                  # the first one even if NaN
+    is_best = best is None or result["AP"] >= best
     best = result["AP"] if is_best else best
     checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val, is_best)
     return best

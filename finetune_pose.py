@@ -154,7 +154,7 @@ def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
     """Evaluate, draw, save. Returns the best AP so far."""
     result = evaluate(model, val, args, run, Path(args.out, "samples", f"{step:06d}.png"))
     log.write(step=step, **result)
-    is_best = best is None or not result["AP"] < best                  # the first one even if NaN
+    is_best = best is None or result["AP"] >= best
     best = result["AP"] if is_best else best
     checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val, is_best)
     return best

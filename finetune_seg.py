@@ -235,7 +235,7 @@ def grade(task, metric, answer, truth, things):
         objects = dict(zip(("labels", "layers", "iscrowd"), find_instances(truth, things)))
         # the outline's area decides what is small, if the data set knows it
         objects |= {k: truth[k] for k in ("area",) if k in truth}
-        metric.update(truth["index"], answer, objects)
+        metric.update(truth["id"], answer, objects)
     else:
         segments = [dict(id=i, category=c, iscrowd=crowd)
                     for i, c, crowd in truth["segments"].tolist()]
@@ -265,22 +265,24 @@ def evaluate(model, dataset, args, run, path=None):
     metrics, rows = {t: new_metric(t, dataset) for t in args.tasks}, []
     batches = batching.share([1] * len(dataset), args, run)
     loader = batching.loader(dataset, batches, collate, model.glid.config, args, run)
+    ids = dataset.source.ids
     for batch in loader:
         images, layout, truths = batch.to("cpu")
         found = predict(model, images, layout, [t["original"] for t in truths], args,
                         dataset.things, run)
         for truth in truths:
             answers = next(found)               # zip would keep the previous photo's
+            truth["id"] = ids[truth["index"]]
             for task in args.tasks:
                 grade(task, metrics[task], answers[task], truth, dataset.things)
-            if len(rows) < 8:
+            if len(rows) < 8 and path and run.rank == 0:
                 photo = dataset.source[truth["index"]]["image"]     # as it was before any scaling
                 shown = [picture for task in args.tasks for picture in
                          pictures(task, photo, answers[task], truth, dataset)]
                 rows.append(draw.beside([draw.canvas(photo, draw.SAMPLE)[0], *shown]))
             del answers                                     # before the next photo's are made
     model.train()
-    if path and run.rank == 0:
+    if rows:
         draw.save(draw.below(rows), path)
     results = {t: run.merged(metrics[t]).result() for t in args.tasks}
     if "semantic" in results and math.isnan(results["semantic"]["mIoU"]):
@@ -320,7 +322,8 @@ def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
     results = evaluate(model, val, args, run, Path(args.out, "samples", f"{step:06d}.png"))
     log.write(step=step, **results)
     found = main_metrics(results)
-    is_best = best is None or not sum(found.values()) < sum(best.values())     # first: even if NaN
+    before = math.nan if best is None else sum(best.values())
+    is_best = math.isnan(before) or sum(found.values()) >= before
     best = found if is_best else best
     checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val, is_best)
     return best

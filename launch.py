@@ -34,8 +34,8 @@ def launch(main, args):
         return result
     except Stopped as stopped:
         code, message = 128 + stopped.args[0], stopped.args[1]
-    except KeyboardInterrupt:                   # before Progress handles signals
-        code, message = 128 + signal.SIGINT, "stopped before the first step; nothing to save"
+    except KeyboardInterrupt:                   # where no Progress handles signals
+        code, message = 128 + signal.SIGINT, "stopped; there is nothing to save"
     except (InputError, FloatingPointError) as error:
         # an error from a data process carries its traceback: the last line is ours
         text = str(error).strip().splitlines()[-1].replace("formats.files.InputError: ", "")

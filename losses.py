@@ -109,7 +109,7 @@ def detection_loss(class_logits, boxes, targets, num_objects, repeats=1):
     class_logits: [L, B, Q, K], one sigmoid per class.
     boxes:        [L, B, Q, 4], centre x, y, width, height in 0..1 of the image.
     targets:      list of B dicts, labels int64 [N_b], boxes float [N_b, 4] in the same form.
-    num_objects:  float, objects per process averaged over processes (>= 1), the normaliser.
+    num_objects:  float, objects of the whole step per process (>= 1), the normaliser.
     repeats:      queries matched to each object; the normaliser grows with it.
     Returns dict of scalars: class, L1, giou (unweighted) and loss, their sum weighted 2, 5, 2.
     Finite without objects and for boxes of no area, and every query gets a gradient.
@@ -189,13 +189,14 @@ def uncertain_points(logits, scale, count, oversample=3, importance=0.75):
 
 
 def segmentation_loss(class_logits, mask_logits, targets, canvas, num_objects, points=12544):
-    """Mask2Former's set loss, summed over the decoder layers, each matched anew.
+    """Mask2Former's set loss, summed over the decoder layers, each matched anew; but not asked of
+    the raw queries, which begin equal (Eq. 3).
 
     class_logits: [L, B, Q, K + 1], last = no object.
     mask_logits:  [L, B, Q, h, w], the 1/4 map of the padded canvas.
     targets:      list of B dicts, labels int64 [N_b], masks bool [N_b, H_b, W_b] of the image.
     canvas:       (H, W) px of the padded canvas that mask_logits cover.
-    num_objects:  float, objects per process averaged over processes (>= 1), the normaliser.
+    num_objects:  float, the normaliser: objects per image in the whole step x images here.
     Returns dict of scalars: class, mask, dice (unweighted sums over layers) and loss, their sum
     weighted 2, 5, 5. Finite without objects, and every query gets a gradient; without images
     (B = 0) all are zero.

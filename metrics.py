@@ -285,8 +285,9 @@ class AveragePrecision:
         AR100 (keypoints: AR, AR50, AR75), ARs, ARm, ARl. -1 where there was nothing to find."""
         require(self.images, "average precision needs at least one image")
         # one long list of detections and one of truths, images in the order of their ids
+        order = sorted(self.images, key=lambda i: (isinstance(i, str), i))
         labels, scores, rank, outcome, wanted, ignored = (
-            np.concatenate(x, -1) for x in zip(*(self.images[i] for i in sorted(self.images))))
+            np.concatenate(x, -1) for x in zip(*(self.images[i] for i in order)))
         shape, K = outcome.shape[:2], len(self.categories)
         precision = np.full((*shape, len(RECALL_POINTS), K), np.nan)  # [A, T, R, K]
         recall = np.full((*shape, len(self.limits), K), np.nan)  # [A, T, limits, K]

@@ -12,7 +12,10 @@ Letters in the shape comments
     T  visible tokens of a stage, of the whole batch in one packed list (no batch axis)
     C  channels of a stage        D  width of BiFPN and decoder
     G  rows of window attention   S  slots in a row = window ** 2
-    h  heads, d channels a head   Q  queries, K keys of an image, L decoder layers
+    h  heads, d channels a head   L  decoder layers
+    K  keys of an image; classes  Q  queries of an image; M as in the paper in fine-tuning
+    p  px a side of a patch       u  px a side of a unit
+Maps of 1/4 to 1/32 are those of patch 4; `tiny` has patch 2, so 1/2 to 1/16.
 """
 import math
 import re
@@ -153,7 +156,7 @@ class Swin(nn.Module):
             nn.ModuleList(SwinBlock(c, h, config.window, next(rates)) for _ in range(depth))
             for c, h, depth in zip(widths, config.heads, config.depths))
         self.merges = nn.ModuleList(PatchMerging(c) for c in widths[:3])
-        # one norm per stage, trained in pre-training too, so that they transfer (as Mask2Former)
+        # one norm per stage, as in Mask2Former; trained in pre-training too, so that they transfer
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in widths)
 
     def patches(self, units):
@@ -253,7 +256,7 @@ def up(x):
 
 
 def down(x):
-    """2x2 max pooling, which never leaves a unit. [4 T, D] -> [T, D]."""
+    """2x2 max pooling; EfficientDet's 3x3 would leave a unit. [4 T, D] -> [T, D]."""
     return x.view(-1, 4, x.shape[1]).amax(1)
 
 
@@ -324,7 +327,8 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Query decoder; its layers read 1/32, 1/16, 1/8 in turn. Owns [CLS], see Eq. 3."""
+    """Query decoder; its layers read 1/32, 1/16, 1/8 in turn. Owns [CLS] of Eq. 3, which so
+    comes with the decoder in Table 4 (a guess)."""
 
     def __init__(self, config):
         super().__init__()
@@ -378,7 +382,7 @@ class GLID(nn.Module):
         nn.init.normal_(self.decoder.cls, std=0.02)
         nn.init.normal_(self.decoder.level, std=0.02)
 
-    def tokens(self, images, layout):
+    def visible_units(self, images, layout):
         """Normalised images float [B, 3, H, W] -> pixels of the visible units [n, 3, u, u]."""
         unit = self.config.unit
         height, width = (n * unit for n in layout.grid_units)
@@ -390,7 +394,7 @@ class GLID(nn.Module):
 
     def encode(self, images, layout):
         """Normalised images and their layout -> BiFPN maps, 4 x packed [T, D]."""
-        return self.bifpn(self.backbone(self.tokens(images, layout), layout), layout)
+        return self.bifpn(self.backbone(self.visible_units(images, layout), layout), layout)
 
     def ask(self, images, layout, offsets, self_mask=None, every_layer=False):
         """Fine-tuning's forward pass: M queries [CLS] + e_i (Eq. 3) ask about each image.

@@ -49,7 +49,7 @@ def share_rows(occupied):
     while remaining:
         candidates, together = remaining, []
         while candidates:
-            i = (candidates & -candidates).bit_length() - 1
+            i = (candidates & -candidates).bit_length() - 1         # the lowest bit: the fullest
             together.append(i)
             candidates &= fits[i]
         rows = min(left[order[i]] for i in together)

@@ -39,9 +39,9 @@ def ruler(width, size, low, high):
     return strip
 
 
-def depth(depth, low, high, room=draw.ROOM):
+def depth(depth, low, high):
     """Depth map [H, W] in metres in colours, and its scale below it: PIL image."""
-    image = draw.canvas(draw.depth_map(depth, low, high), room)[0]
+    image = draw.canvas(draw.depth_map(depth, low, high))[0]
     size = draw.letters(max(image.size))
     return draw.below([image, ruler(max(image.width, 12 * size), size, low, high)])
 

@@ -129,6 +129,8 @@ class Model:
         """
         if not isinstance(photos, list | tuple):
             return self([photos], None if boxes is None else [boxes])[0]
+        if boxes is not None and self.task != "pose":
+            raise InputError(f"boxes: for pose checkpoints; this one is for {self.task}")
         persons, found = [None] * len(photos) if boxes is None else [*map(as_boxes, boxes)], []
         if len(persons) != len(photos):
             raise InputError(f"boxes: {len(persons)} entries for {len(photos)} photos")
@@ -311,6 +313,9 @@ def main(args):
             0 <= min(model.category_ids) <= max(model.category_ids) < 2 ** 16):
         raise InputError(f"--json: the category id {max(model.category_ids, key=abs)} does not fit "
                          "into a label map of 16 bits; leave --json out")
+    if args.json and model.task == "depth" and 1000 * model.args.max_depth > resultfiles.DEEPEST:
+        raise InputError(f"--json: a depth map of 16 bits ends at {resultfiles.DEEPEST / 1000} m, "
+                         f"this model at --max-depth {model.args.max_depth}; leave --json out")
     out = Path(args.out)
     todo = resultfiles.find(args.images, out)
     if out.exists() and not out.is_dir():

@@ -15,6 +15,7 @@ OUT holds last.pt (resume), best.pt (fine-tune), log.jsonl and samples/*.png: in
 encoder saw, reconstruction.
 """
 import argparse
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -110,6 +111,7 @@ def fill(model, images, layout):
         spread, mean = (truth.var(-1) + 1e-6).sqrt(), truth.mean(-1)        # [B * N]
         prediction = prediction * spread.view(*prediction.shape[:2], 1) \
             + mean.view(*prediction.shape[:2], 1)
+        # [unit, 1]: four bands, -1, 1, -1, 1
         stripes = (torch.arange(unit, device=mean.device) * 4 // unit % 2 * 2 - 1)[:, None]
         split_units(borrowed, unit)[where] = mean.view(-1, 1, 1, 1) + spread.view(-1, 1, 1, 1) \
             * stripes
@@ -135,7 +137,7 @@ def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
     """Validate, draw, save. Returns the best validation error so far."""
     loss = evaluate(model, val, args, run)
     log.write(step=step, val_loss=loss)
-    is_best = best is None or not loss > best
+    is_best = best is None or math.isnan(best) or loss <= best
     best = loss if is_best else best
     if run.rank == 0:
         picture(model, val, Path(args.out, "samples", f"{step:06d}.png"), run)

@@ -1,6 +1,6 @@
 """
 The tables and curves of the paper, each as one command, which writes raw numbers, a Markdown table
-and pictures to results/.
+and pictures to --results. (results/ holds the published ones.)
 
     python reproduce.py table4 --preset tiny --seeds 4 --jobs 2       # drawn photos, two CPU cores
     python reproduce.py figure5 --preset tiny --seeds 4 --tasks depth # the same runs, as curves
@@ -8,9 +8,10 @@ and pictures to results/.
 
 TABLE is table3 (several tasks in one network), table4 (parts of the pre-trained model), table5
 (decoder layers), table6 (length of pre-training), table7 (masks), table8 (few labels), figure4
-(attention maps), figure5 (table4's runs as curves) or length (table6 beside backbone and BiFPN
-alone). DATA holds imagenet/, ADEChallengeData2016/, coco/ and nyu/ in their official formats; each
-run is one process on one GPU with the paper's batch.
+(attention maps), figure5 (table4's runs as curves) or decoder (the whole model beside backbone +
+BiFPN, after shorter and longer pre-training and with 3 layers). DATA holds imagenet/,
+ADEChallengeData2016/, coco/ and nyu/ in their official formats; each run is one process on one GPU
+with the paper's batch.
 
 Tables share runs: each run is made once, in a folder below --out, and the results are written after
 each run. Ctrl-C saves all runs; the same command continues. Fine-tuning seed s starts from
@@ -68,7 +69,7 @@ DRAWN = "--data toyworld:256:512"
 # 4000 steps at 40 times the rate move the e_i as far as the paper's 160,000 of segmentation
 LONGER = "--data toyworld:4096:1024 --steps 4000 --eval-every 1000 --query-lr 40"
 RECIPES = {
-    # two CPU cores, two runs at once: an hour a pre-training, three to four minutes the others
+    # two CPU cores, two runs at once: an hour a pre-training, three to five minutes the others
     "tiny": {
         "all": "--preset tiny --decoder-layers 6",
         "pretrain": "--data toyworld:16384:1024 --epochs 20 --eval-every 2560",
@@ -141,11 +142,13 @@ TABLES = {
             finetuning={"data-fraction": share} if share < 1 else {})
         for share, paper in ((0.1, (31.2, 0.317)), (0.2, (35.0, 0.303)), (0.5, (46.3, 0.295)),
                              (1.0, (52.7, 0.293))) for row in PARTS[1:])),
-    # not in the paper: does the decoder's share grow?
-    "length": (tuple(TASKS), tuple(
-        Row(f"{flags.get('epochs', 1):g} x the epochs, {row.label}", row.load, flags)
-        for flags, row in product(({"epochs": 0.3}, {}, {"epochs": 1.5}, {"epochs": 3.0}),
-                                  PARTS[2:]))),
+    # not in the paper: what does the decoder add, after which pre-training?
+    "decoder": (tuple(TASKS), tuple(
+        Row(f"{label}, {row.label}", row.load, flags, flags if "decoder-layers" in flags else {})
+        for (label, flags), row in product(
+            (("0.3 x the epochs", {"epochs": 0.3}), ("all epochs", {}),
+             ("1.5 x the epochs", {"epochs": 1.5}), ("3 x the epochs", {"epochs": 3.0}),
+             ("3 layers", {"decoder-layers": 3})), PARTS[2:]))),
     "figure4": (tuple(TASKS), PARTS[3:]),
     "figure5": (tuple(TASKS), PARTS),
 }
@@ -478,7 +481,7 @@ def flags():
     add("--jobs", type=training.POSITIVE, default=1, help="runs at a time: one a GPU, or a core")
     add("--data", help="folder of the official data sets; without it all but base draw photos")
     add("--out", default="out/reproduce", help="folder of the runs")
-    add("--results", default="results", help="folder of the results")
+    add("--results", default="out/results", help="folder of the results")
     return parser
 
 

@@ -152,12 +152,16 @@ def limits(args, train):
     records = getattr(train.source, "records", ())
     most = max((int((~r["labels"]["iscrowd"]).sum()) if "labels" in r else len(
         r.get("segments", ())) for r in records), default=0)
-    queries = getattr(args, "queries", None)
-    queries = min(queries) if isinstance(queries, list) else queries
-    if not queries or most <= queries or hasattr(train, "joints"):
+    tasks = getattr(args, "tasks", ())
+    if hasattr(train, "joints") or tasks == ["semantic"]:
         return []
-    return [f"note: a training photo has {most} objects, --queries {queries} can find no more than "
-            f"{queries} in a photo"]
+    queries = getattr(args, "queries", None) or 200         # finetune_seg's default for objects
+    queries = min(queries) if isinstance(queries, list) else queries
+    if most > queries:
+        return [f"note: a training photo has {most} objects, --queries {queries} can find no more "
+                f"than {queries} in a photo"]
+    return [f"note: a training photo has {most} objects; an answer is the 100 surest ones, as by "
+            "COCO's tool"] * (most > 100 and tasks != ["panoptic"])
 
 
 def mirrors(args, train):

@@ -1,10 +1,10 @@
 """
 Where tokens live: the packed list of visible tokens that the whole encoder works on.
 
-The image is padded (bottom, right) to units of 8 x 8 patches (32 px, the total stride of stage 4).
-`visible` says which units exist for the network: pre-training hides three of four, the padding of a
-batch of unequal images hides the units with no image in them. Hidden units cost nothing and can
-not reach any output, and masked pre-training, odd sizes and ragged batches are one code path.
+The image is padded (bottom, right) to units of 8 x 8 patches (one token of stage 4; 32 px at patch
+4). `hidden` says which units do not exist for the network: pre-training hides three of four, in a
+batch of unequal images the units with no image in them are hidden. Hidden units cost nothing and
+can not reach any output; masked pre-training, odd sizes and ragged batches are one code path.
 
 Letters: B images, n visible units, T tokens of a stage (all images, one list), C channels, G rows
 of window attention, S slots in a row = window ** 2, k windows that a unit can touch along an axis.
@@ -38,9 +38,10 @@ class Layout:
     x.view(T // 4, 4 * C), upsampling repeat_interleave(4), 2x2 pooling view(-1, 4, C).amax(1).
     Only window attention and the 3x3 convolution look at neighbours; they go through indices.
 
-    What depends on the data is planned here, by the data processes: four tensors, which travel with
-    the batch in one copy. The rest is arithmetic on the device, inside the graph if the model is
-    compiled; with a budget no shape then differs between batches of the same size and mask ratio.
+    What depends on the data is planned here, by the data processes: four attributes, tensors that
+    travel with the batch in one copy. The rest is arithmetic on the device, inside the graph if the
+    model is compiled; with a budget no shape then differs between batches of the same size and mask
+    ratio.
 
         sizes   int32 [B, 2]    height and width of each image in px
         units   int32 [n, 3]    image, row, column of the visible units
@@ -48,7 +49,7 @@ class Layout:
         rows    int32 [n, sum]  row of attention of each of the k * k windows that a unit touches;
                                 the columns are ordered by stage, plain before shifted windows
 
-    sizes:  int64 [B, 2], images lie at the top left of the batch canvas.
+    Arguments. sizes: int64 [B, 2] px, images lie at the top left of the batch canvas.
     hidden: bool [B, Uh, Uw], units the network must not see; None = nothing is hidden. ValueError
             if an image has no visible unit.
     budget: rows of attention of each plan, None = as few as this batch needs; see row_budget.
@@ -132,8 +133,8 @@ class Layout:
         token.index_copy_(0, place, torch.arange(len(place), device=place.device))
         owner = None
         if mixed:
-            wide = max(self.grid_units) * side // w + 2
-            number = (image * wide + window[..., 0]) * wide + window[..., 1]
+            wide = max(self.grid_units) * side // w + 2     # windows along any axis, or more
+            number = (image * wide + window[..., 0]) * wide + window[..., 1]    # of the batch's
             owner = place.new_full((rows * w * w,), -1)
             owner = owner.index_copy_(0, place, number.view(-1)).view(rows, w * w)
         return Windows(token, place, owner, image.reshape(-1), self.batch)
@@ -165,16 +166,18 @@ class Layout:
             return x.view(self.batch, -1, x.shape[1]), None
         image, cells = self.units[:, 0].contiguous(), (8 >> stage) ** 2
         number = torch.arange(len(image), device=x.device)
-        ends = torch.searchsorted(image, torch.arange(self.batch + 1, device=x.device).int())
-        place = image * self.longest + number - ends[image]         # [n], a place for each unit
+        # [B + 1]: image b has the units bounds[b] to bounds[b + 1] - 1
+        bounds = torch.searchsorted(image, torch.arange(self.batch + 1, device=x.device).int())
+        place = image * self.longest + number - bounds[image]       # [n], a place for each unit
         place = place[:, None] * cells + torch.arange(cells, device=x.device)
         shape = [self.batch, self.longest * cells]                  # B, K
-        real = torch.arange(shape[1], device=x.device) < (ends[1:] - ends[:-1])[:, None] * cells
+        real = torch.arange(shape[1], device=x.device) < bounds.diff()[:, None] * cells
         return scatter(x, shape, place.view(-1)), real[:, None, None]
 
 
 def row_budget(config, batches):
-    """A budget for Layout, one int per plan, that nearly every batch like these `hidden` fits."""
+    """A budget for Layout, one int per plan, that nearly every batch like these fits; batches: list
+    of Layout's `hidden`, bool [B, Uh, Uw]."""
     sizes = torch.tensor([[config.image_size] * 2])
     needed = np.array([Layout(config, sizes.expand(len(h), 2), h).needed for h in batches])
     return np.ceil(needed.mean(0) + 4 * needed.std(0) + 1).astype(int).tolist()

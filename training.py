@@ -99,8 +99,9 @@ def add_flags(parser):
     run("--check", action="store_true", help="only report what is in the data set")
     run("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: CUDA if "
         "there is any, else the CPU; mps: Apple's GPU")
-    run("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile: on the "
-        "whole pre-training step (default on CUDA), or on fine-tuning's blocks (default: off)")
+    run("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile: on "
+        "pre-training's forward pass and loss (default on CUDA), or on fine-tuning's blocks "
+        "(default: off)")
     run("--save-every", type=POSITIVE, default=500, help="steps between checkpoints")
     run("--seed", type=number(int, 0, 2**63), default=0, help="seed of all random choices")
     data("--data", help="folder of the data set, or toyworld: drawn photos; "
@@ -140,6 +141,7 @@ def parse(parser, presets, argv=None):
     if old := too_old():
         parser.error(old)
     first = argparse.ArgumentParser(add_help=False)         # so that --help shows its defaults
+    first.error = parser.error
     first.add_argument("--preset")
     parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
     args = parser.parse_args(argv)
@@ -341,8 +343,8 @@ class Progress:
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if kind is None and (skipped := int(self.run.sum(self.loader.skipped())[0])):
-            self.run.print0(f"{skipped} unreadable training photos were replaced by the next one, "
-                           "each named above")
+            self.run.print0(f"{skipped} training samples of unreadable photos (pose: persons) were "
+                           "replaced by the next one; each photo is named above")
 
     def asked(self, number, _):
         """Handler of a signal."""
@@ -389,7 +391,7 @@ class Progress:
         """A micro-step's share of its step's loss, a scalar tensor (summed on the device)."""
         self.total = self.total + loss.detach()
 
-    def report(self, step, **values):
+    def report(self, step):
         """Mean loss over all processes since the last report; FloatingPointError if not finite."""
         mean = self.run.sum(self.total)[0] / self.run.world / (step - self.first)
         if not math.isfinite(mean):
@@ -399,9 +401,9 @@ class Progress:
         self.bar.update(step - self.bar.n)
         seconds, waited = time.perf_counter() - self.begun, self.loader.waited - self.waited
         rate = (step - self.first) * self.images / seconds
-        if skipped := int(self.run.sum(self.loader.skipped())[0]):
-            values["skipped"] = skipped
-        self.bar.set_postfix(loss=f"{mean:.4f}", **values, img_s=f"{rate:.0f}",
+        skipped = int(self.run.sum(self.loader.skipped())[0])
+        more = {"skipped": skipped} if skipped else {}
+        self.bar.set_postfix(loss=f"{mean:.4f}", **more, img_s=f"{rate:.0f}",
                              wait=f"{waited / seconds:.0%}", refresh=False)
         self.total, self.first = 0.0, step
         self.begun, self.waited = self.begun + seconds, self.waited + waited
@@ -497,15 +499,16 @@ def how_to_ask(args):
 
 
 def param_groups(model, weight_decay, scales=()):
-    """AdamW groups. No decay on vectors, biases, tokens, embeddings and bias tables.
+    """AdamW groups. No decay on vectors (biases, norms, [CLS], [M]), bias tables, the e_i and the
+    level embedding.
 
-    scales: (name prefix or part of a name, learning rate multiplier), first match wins.
+    scales: (part of a name, learning rate multiplier), first match wins.
     """
     groups = {}
     for name, p in model.named_parameters():
         scale = next((s for part, s in scales if part in name), 1.0)
-        token = name.endswith(("bias_table", "offsets", "level"))
-        decay = 0.0 if p.ndim < 2 or token else weight_decay
+        table = name.endswith(("bias_table", "offsets", "level"))
+        decay = 0.0 if p.ndim < 2 or table else weight_decay
         group = groups.setdefault((scale, decay),
                                   {"params": [], "scale": scale, "weight_decay": decay})
         group["params"].append(p)

@@ -32,6 +32,7 @@ from formats.files import (
     refuse,
 )
 from formats.masks import mask, stack
+from metrics import require
 from toyworld import KEYPOINTS
 
 # what reading a malformed entry raises
@@ -45,12 +46,6 @@ KINDS = ("instance", "keypoint", "panoptic", "stuff")       # what a file's name
 def why(error):
     """What is wrong with an entry, in words, from the error that it raised."""
     return f"has no {error}" if isinstance(error, KeyError) else str(error)
-
-
-def require(condition, reason):
-    """Raise ValueError with the reason unless the condition holds."""
-    if not condition:
-        raise ValueError(reason)
 
 
 def numbers(what, values, count=None, limit=1e6):

@@ -277,8 +277,8 @@ class Source:
 
     @property
     def ids(self):
-        """Image ids, as the annotation files name them."""
-        return [r["id"] for r in self.records]
+        """Image ids, as the annotation files name them; without any, numbers."""
+        return [r.get("id", k) for k, r in enumerate(self.records)]
 
     def labels(self, index):
         """Sample `index` without its photo."""

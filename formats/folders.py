@@ -11,8 +11,8 @@ Folders as people download them -> annotated photos, one Source each for trainin
 The code holds no list of classes: names and numbers come from the files. Annotations are
 checked when a folder is opened, pixels when they are read: what is wrong raises InputError; with
 on_error "skip" such photos are left out. Boxes and keypoints are in pixels of the photo as its
-annotation sees it; an EXIF rotation is applied unless only the stored pixels have the annotation's
-size.
+annotation sees it; an EXIF rotation is applied if the annotation is for the turned photo, see
+files.read_photo.
 """
 import contextlib
 import unicodedata
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from formats.coco import coco_instances, coco_panoptic, open_coco, panoptic_labels, require
+from formats.coco import coco_instances, coco_panoptic, open_coco, panoptic_labels
 from formats.files import (
     IGNORE,
     LABELS,
@@ -41,6 +41,7 @@ from formats.files import (
     refuse,
     shows,
 )
+from metrics import require
 
 DEPTHS = ("depth", "depths")
 BINARY = (0, IGNORE)                    # values of the two classes where no others occur
@@ -227,7 +228,7 @@ def refuse_doubtful(root, counts):
                              f"other's {sorted(other)[:8]}: save both with the same")
 
 
-def open_masks(root, keys, on_error, ignore_label=None, first_label=None):
+def open_masks(root, on_error, ignore_label=None, first_label=None):
     """[training, validation] of photos and label maps; None if the format is another."""
     found = find_pairs(root, PHOTOS, LABELS, on_error)
     if not found:
@@ -402,7 +403,7 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
             "keypoints": (partial(coco, "keypoints", coco_instances, "keypoints"),),
             "panoptic": (panoptic, ade), "masks": (instances, panoptic, ade),
             "boxes": (instances,),
-            "semantic": (partial(open_masks, root, keys, on_error, ignore_label, first_label),
+            "semantic": (partial(open_masks, root, on_error, ignore_label, first_label),
                          panoptic)}
     kind = next((k for k in ways if k in keys), None)
     if kind is None:

@@ -18,7 +18,8 @@ def rows(pattern):
 
 def real_table():
     """Real photos: the metric before training, from scratch, pre-trained; the pre-trained loss."""
-    print("| task | data | metric | untrained | from scratch | pre-trained | its loss |")
+    print("| task | data | metric | untrained | from scratch | pre-trained | its loss "
+          "(pose: x 1000) |")
     print("|---" * 7 + "|")
     for task, (data, name, factor, decimals) in REAL.items():
         found = rows(f"real-{task}.jsonl")
