@@ -305,17 +305,10 @@ def main(args):
     """Answer all photos; returns their number. InputError at the end if some could not be read."""
     model = load(args.checkpoint, args.device, args.detector, args.threshold, args.longest)
     model.batch_size = args.batch_size or model.batch_size
-    if args.json and model.task == "pretraining":
-        raise InputError("--json: pre-training has no result format; leave it out")
+    if args.json:
+        resultfiles.check(model)
     if args.boxes and model.task != "pose":
         raise InputError(f"--boxes: for pose checkpoints; this one is for {model.task}")
-    if args.json and "semantic" in getattr(model.args, "tasks", ()) and not (
-            0 <= min(model.category_ids) <= max(model.category_ids) < 2 ** 16):
-        raise InputError(f"--json: the category id {max(model.category_ids, key=abs)} does not fit "
-                         "into a label map of 16 bits; leave --json out")
-    if args.json and model.task == "depth" and 1000 * model.args.max_depth > resultfiles.DEEPEST:
-        raise InputError(f"--json: a depth map of 16 bits ends at {resultfiles.DEEPEST / 1000} m, "
-                         f"this model at --max-depth {model.args.max_depth}; leave --json out")
     out = Path(args.out)
     todo = resultfiles.find(args.images, out)
     if out.exists() and not out.is_dir():

@@ -420,7 +420,7 @@ def attention_maps(args):
 
 
 def report(args):
-    """Write all finished runs of a table to results/TABLE-PRESET.json and .md. Returns the
+    """Write all finished runs of a table to --results, TABLE-PRESET.json and .md. Returns the
     Markdown, {(label of a row, task): {seed: what run.json holds}} and the path without suffix."""
     columns, rows = TABLES[args.table]
     found, raw, starts = defaultdict(dict), [], {}

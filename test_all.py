@@ -3312,6 +3312,17 @@ def test_the_first_checkpoint_is_kept_whatever_its_metric():
             assert kept == [*expected, not lower, lower], (script.__name__, kept)
 
 
+def test_resume_says_that_another_length_was_asked_for():
+    """A flag that was given before and is not any more counts: the run is longer without it."""
+    with folder() as at, contextlib.redirect_stdout(io.StringIO()) as said:
+        flags = ["--data", "toyworld:4:1", "--batch-size", 4, "--workers", 0, "--epochs", 2,
+                 "--out", at]
+        pretrain.main(args_for(pretrain, *flags, "--steps", 1))
+        pretrain.main(args_for(pretrain, *flags, "--resume"))
+    assert "--steps not given now, 1 before\n" in said.getvalue(), said.getvalue()
+    assert "--lr" not in said.getvalue() and "--epochs" not in said.getvalue()
+
+
 def test_evaluation_needs_the_same_meaning():
     """--eval takes any --batch-size, even one larger than the training set; it refuses flags with
     which the weights would mean something else."""

@@ -114,6 +114,19 @@ def write_json(content, path):
         temporary.write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
 
 
+def check(model):
+    """InputError if the formats cannot hold what a predict.Model answers."""
+    ids = model.category_ids
+    if model.task == "pretraining":
+        raise InputError("--json: pre-training has no result format; leave it out")
+    if "semantic" in getattr(model.args, "tasks", ()) and not 0 <= min(ids) <= max(ids) < 2 ** 16:
+        raise InputError(f"--json: the category id {max(ids, key=abs)} does not fit into a label "
+                         "map of 16 bits; leave --json out")
+    if model.task == "depth" and 1000 * model.args.max_depth > DEEPEST:
+        raise InputError(f"--json: a depth map of 16 bits ends at {DEEPEST / 1000} m, this model "
+                         f"at --max-depth {model.args.max_depth}; leave --json out")
+
+
 def entries(model, answer, image, name, out):
     """One photo's answer -> {name of a JSON file: its entries}; PNGs are written below `out`.
 
