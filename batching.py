@@ -190,7 +190,8 @@ def ignore_signals(_):
 
 
 def end_with_parent():
-    """End with the main process. torch watches our parent, but a forkserver outlives the run."""
+    """A thread's work: end this process with the one that started it, however that ends. (torch
+    watches our parent, but a forkserver outlives the run.)"""
     multiprocessing.parent_process().join()
     os._exit(1)
 

@@ -27,6 +27,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict, namedtuple
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -49,6 +50,7 @@ import pretrain
 import toyworld
 import training
 from attention import attention
+from batching import end_with_parent
 from formats.files import InputError, replacing
 from launch import Stopped, launch
 
@@ -276,12 +278,13 @@ def commit():
 
 
 def prepare(jobs):
-    """Give a worker its share of the cores and one GPU, and let SIGTERM end it."""
+    """Give a worker its share of the cores and one GPU; SIGTERM or our own end ends it."""
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
     number = int(re.search(r"\d+$", current_process().name)[0])             # 1, 2, ...
     gpu = number % (torch.cuda.device_count() or 1)
     os.environ.update(LOCAL_RANK=str(gpu), LOCAL_WORLD_SIZE=str(jobs))      # as torchrun does
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    threading.Thread(target=end_with_parent, daemon=True).start()
     set_start_method(None, force=True)          # data processes start by the default method
 
 

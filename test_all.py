@@ -4277,6 +4277,29 @@ def test_reproduce_ends_and_goes_on():
         assert made["commit"] == "abc def" and made["seconds"] > 0.4 and made["evaluations"]
 
 
+def test_reproduce_leaves_no_process():
+    """A run ends with the reproduce.py that was killed, and lets go of its folder."""
+    with folder() as at:
+        fit = reproduce.Fit("pretrain", str(at), tuple(
+            "--preset tiny --data toyworld:20:2 --workers 0 --batch-size 2 --save-every 1 --steps "
+            "100000".split()))
+        code = f"import reproduce; list(reproduce.at_once([reproduce.{fit}], 'abc', 2))"
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE, start_new_session=True,
+                                   stderr=subprocess.DEVNULL)
+        while not (at / "last.pt").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        assert training.claim(at) is None
+        process.kill()
+        process.wait()
+        for _ in range(1000):                               # at once, or never
+            if lock := training.claim(at):
+                return lock.close()
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError("the run goes on")
+
+
 def test_reproduce_compares_pairs():
     """Means, standard errors, paired differences and those of each pre-training, of known
     figures; which seed starts where."""
