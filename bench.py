@@ -51,7 +51,7 @@ from formats.masks import mask
 from launch import launch
 from losses import reconstruction_loss
 from model import PRESETS, Config, Detector, Pretrainer
-from tokens import Layout, whole
+from tokens import whole
 from training import POSITIVE, Run, pick_device, precision
 
 # what a part times besides "dense"
@@ -76,12 +76,8 @@ def contestants(config, device):
         images = torch.randn(batch, 3, config.image_size, config.image_size, device=device)
         return images, torch.stack([hidden_units("random", side, 0.75) for _ in range(batch)])
 
-    def plan(images, hidden):
-        sizes = torch.tensor([images.shape[2:]]).expand(len(images), 2)
-        return Layout(config, sizes, hidden).to(device)
-
     def encoder(images, hidden):
-        layout = plan(images, hidden)
+        layout = whole(config, images, hidden).to(device)
         maps = backbone(ours.glid.visible_units(images, layout), layout)
         return sum(m.float().square().mean() for m in maps)
 
@@ -90,7 +86,7 @@ def contestants(config, device):
         "visible": encoder,
         "all_visible": lambda images, hidden: encoder(images, None),
         "step": lambda images, hidden: reconstruction_loss(
-            *ours(images, plan(images, hidden))),
+            *ours(images, whole(config, images, hidden).to(device))),
     }
 
     def runner(loss):

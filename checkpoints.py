@@ -5,6 +5,7 @@ not. They hold plain tensors and plain types only, and the config, so a file say
 import os
 import pickle
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -208,7 +209,7 @@ def save_checkpoint(args, model, optimizer, run, step, best, dataset, is_best=Fa
                                  "is one")
     if run.rank == 0:
         content = {"model": model.state_dict(), "step": step, "best": best, "preset": args.preset,
-                   "config": model.glid.config.to_dict(), "args": vars(args), "due": ungraded,
+                   "config": asdict(model.glid.config), "args": vars(args), "due": ungraded,
                    **answer_names(dataset)}
         if is_best:
             save(content, Path(args.out, "best.pt"))

@@ -21,10 +21,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from formats.drawn import ToyWorld, toy_scenes
-from formats.files import IGNORE, InputError, list_images, read_image, read_view, shows
+from formats.files import IGNORE, InputError, hold_out, list_images, read_image, read_view, shows
 from formats.folders import open_folder, photo_folders, readable
 from formats.masks import unstack
-from tokens import Layout, row_budget
+from tokens import Layout, row_budget, whole
 
 
 def derive_seed(*numbers):
@@ -197,18 +197,12 @@ def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="
     else:
         train, val = photo_folders(Path(path))
         files = list_images(train, ours=ours)
-        sources = [Photos(files), Photos(list_images(val, ours=ours))] if val else hold_out(files)
+        sources = [Photos(files), Photos(list_images(val, ours=ours))] if val else hold_out(
+            files[0].parent, Photos(files))
     if on_error == "skip" and not scenes:
         sources[1] = readable(sources[1])
     return [Pretraining(s, train, config.image_size, config.unit, mask, ratio, seed)
             for s, train in zip(sources, (True, False))]
-
-
-def hold_out(files):
-    """Files -> [training, validation] Photos, every 20th validates; InputError for one file."""
-    if len(files) < 2:
-        raise InputError(f"--data {files[0].parent}: one photo; training and validation need two")
-    return [Photos([f for i, f in enumerate(files) if i % 20]), Photos(files[::20])]
 
 
 # -----------------------------------------------------------------------------
@@ -572,7 +566,7 @@ def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False, flip=Tr
 def collate_pretraining(config, samples, budget=None):
     """Samples of Pretraining -> images uint8 [B, 3, S, S] and their Layout; budget: its rows."""
     images, hidden = (torch.stack(x) for x in zip(*samples))
-    return images, Layout(config, torch.tensor([images.shape[2:]] * len(images)), hidden, budget)
+    return images, whole(config, images, hidden, budget)
 
 
 def collate(config, samples):

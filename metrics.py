@@ -127,20 +127,12 @@ def box_intersections(found, truth):
 def mask_intersections(found, layers, count):
     """Bool masks [D, H, W] and `count` others, as layers [L, H, W] whose value g + 1 is mask g ->
     common pixels [D, G]."""
-    shared, step = np.zeros((len(found), count)), 2**15
-    if not len(found):
-        return shared
-    same_shape(found[0], layers[0])
-    f = found.reshape(len(found), -1)  # [D, P]
-    # A matrix product counts the common pixels. Block by block, the fp32 copies stay in the
-    # cache and every partial count stays far below 2^24, up to where fp32 counts exactly.
-    for layer in layers.reshape(len(layers), -1):
-        for block in (slice(start, start + step) for start in range(0, f.shape[1], step)):
-            here = np.flatnonzero(np.bincount(layer[block]))
-            here = here[here > 0]
-            if len(here):
-                t = (layer[block] == here[:, None]).astype(np.float32)
-                shared[:, here - 1] += f[:, block].astype(np.float32) @ t.T
+    shared = np.zeros((len(found), count))
+    if len(found):
+        same_shape(found[0], layers[0])
+    for row, mask in zip(shared, found):
+        for layer in layers:
+            row += np.bincount(layer[mask], minlength=count + 1)[1:]
     return shared
 
 
@@ -231,23 +223,17 @@ class AveragePrecision:
         rank = np.arange(len(order)) - np.searchsorted(labels[order], labels[order])
         order, rank = order[rank < self.limits[-1]], rank[rank < self.limits[-1]]
         labels, scores, found_area = labels[order], scores[order], found_area[order]
-        if self.kind == "mask":
-            shared_masks = mask_intersections(found, truth, len(wanted))[order]
-        overlap = np.zeros((len(order), len(area)))  # across categories it stays 0: no match
-        for category in np.intersect1d(labels, wanted):
-            d, g = np.flatnonzero(labels == category), np.flatnonzero(wanted == category)
-            if self.kind == "keypoint":
-                ratio = keypoint_overlaps(found[order[d]], truth[g], truth_boxes[g], area[g],
-                                          self.sigmas)
-            else:
-                shared = shared_masks[np.ix_(d, g)] if self.kind == "mask" else (
-                    box_intersections(found[order[d]], truth[g]))
-                # A crowd is a region of objects nobody outlined one by one: it overlaps a
-                # detection by the share of the DETECTION that lies inside
-                size = found_area[d, None]
-                union = np.where(crowd[g], size, size + drawn_area[g] - shared)
-                ratio = shared / np.where(shared > 0, union, 1)
-            overlap[np.ix_(d, g)] = ratio
+        if self.kind == "keypoint":
+            overlap = keypoint_overlaps(found[order], truth, truth_boxes, area, self.sigmas)
+        else:
+            shared = mask_intersections(found, truth, len(wanted))[order] \
+                if self.kind == "mask" else box_intersections(found[order], truth)
+            # A crowd is a region of objects nobody outlined one by one: it overlaps a detection
+            # by the share of the DETECTION that lies inside
+            size = found_area[:, None]
+            union = np.where(crowd, size, size + drawn_area - shared)
+            overlap = shared / np.where(shared > 0, union, 1)
+        overlap = np.where(labels[:, None] == wanted, overlap, 0)  # across categories: no match
         # A detection that finds nothing is a mistake, unless its own size is out of range
         outside = (found_area < self.low) | (found_area > self.high)  # [A, D]
         outcome = np.where(outside, IGNORED, FALSE_POSITIVE)[:, None].repeat(len(THRESHOLDS), 1)

@@ -19,7 +19,7 @@ Maps of 1/4 to 1/32 are those of patch 4; `tiny` has patch 2, so 1/2 to 1/16.
 """
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -49,10 +49,6 @@ class Config:
     @property
     def unit(self):
         return 8 * self.patch
-
-    def to_dict(self):
-        """Plain types only, for a checkpoint; Config(**d) reads it."""
-        return asdict(self)
 
 
 PRESETS = {
@@ -396,17 +392,10 @@ class GLID(nn.Module):
         """Normalised images and their layout -> BiFPN maps, 4 x packed [T, D]."""
         return self.bifpn(self.backbone(self.visible_units(images, layout), layout), layout)
 
-    def ask(self, images, layout, offsets, self_mask=None, every_layer=False):
-        """Fine-tuning's forward pass: M queries [CLS] + e_i (Eq. 3) ask about each image.
-
-        offsets: the e_i, [M, D]. Returns x [L, B, M, D], L = 1 unless every_layer, and the maps.
+    def ask(self, maps, layout, offsets, self_mask=None, every_layer=False, images=slice(None)):
+        """Fine-tuning: M queries [CLS] + e_i (Eq. 3) ask about each encoded image, or those of the
+        slice `images`. offsets: the e_i, [M, D]. Returns x [L, B, M, D], L = 1 unless every_layer.
         """
-        maps = self.encode(images, layout)
-        return self.ask_maps(maps, layout, offsets, self_mask, every_layer), maps
-
-    def ask_maps(self, maps, layout, offsets, self_mask=None, every_layer=False,
-                 images=slice(None)):
-        """Like ask, about encoded images, all or the slice `images` of them -> x [L, B, M, D]."""
         count = len(range(layout.batch)[images])
         queries = (self.decoder.cls + offsets).expand(count, -1, -1)                    # Eq. 3
         if count == 0:                          # nothing to ask, but the e_i stay in the graph
@@ -516,7 +505,7 @@ class Detector(nn.Module):
             offsets = self.offsets
             group = torch.arange(len(offsets), device=offsets.device) < self.groups[0]      # [Q]
             self_mask = group[:, None] == group
-        x, _ = self.glid.ask(images, layout, offsets, self_mask, every_layer=train)
+        x = self.glid.ask(self.glid.encode(images, layout), layout, offsets, self_mask, train)
         return in_fp32(self.classify, x), in_fp32(self.box, x).sigmoid()
 
 
@@ -559,7 +548,7 @@ class Segmenter(nn.Module):
         map4 = layout.to_grid(maps[0], 0)           # f^b of Eq. 4: the BiFPN's, see docs/paper.md
         for task, mine in asked.items():
             head = self.heads[task]
-            x = self.glid.ask_maps(maps, layout, head.offsets, None, every_layer, mine)
+            x = self.glid.ask(maps, layout, head.offsets, None, every_layer, mine)
             answers[task] = head(x, map4[mine])
         return answers
 
@@ -588,7 +577,8 @@ class DepthEstimator(nn.Module):
     def shares(self, images, layout):
         """-> centres of the bins [B, M], and the share of each at each pixel, float [B, M, H, W] at
         1/4 of the padded canvas (Eq. 6)."""
-        x, maps = self.glid.ask(images, layout, self.offsets)
+        maps = self.glid.encode(images, layout)
+        x = self.glid.ask(maps, layout, self.offsets)
         x, map4 = x[-1], layout.to_grid(maps[0], 0)         # [B, M, D], f^b [B, H, W, D]
         logits = torch.einsum("bmd,bhwd->bmhw", self.embed(x), map4)
         return self.bins(x), logits.float().softmax(1)      # Eq. 6
@@ -612,7 +602,8 @@ class PoseEstimator(nn.Module):
 
     def forward(self, images, layout):
         """Person crops, normalised float [B, 3, H, W] -> heatmaps [B, J, H / 4, W / 4], raw."""
-        x, maps = self.glid.ask(images, layout, self.offsets)
+        maps = self.glid.encode(images, layout)
+        x = self.glid.ask(maps, layout, self.offsets)
         map4 = layout.to_grid(maps[0], 0)                                   # [B, h, w, D]
         # 1 / D is a guess of ours; the linear layer can undo it. Without it one step of Adam would
         # move a heatmap by lr * D ** 2, and no sigmoid keeps a heatmap within 0..1

@@ -259,7 +259,7 @@ def test_whole_model_equals_restatement():
     torch.manual_seed(0)
     sizes, hidden = torch.tensor([[64, 48]] * 2), (torch.rand(2, 12).argsort(1) < 7).view(2, 4, 3)
     for window, more in ((3, 0), (5, 5), (6, -1), (12, 1)):
-        config = Config(**ODD.to_dict() | dict(window=window))
+        config = Config(**vars(ODD) | dict(window=window))
         net, images = noisy(Pretrainer(config)).double(), torch.randn(2, 3, 64, 48).double()
         net.glid.bifpn.bottom_up[0].weight.data[1] = -1     # counts as none
         tokens = Layout(config, sizes, hidden)
@@ -361,7 +361,7 @@ def counted_graphs(backend="eager"):
 def test_pretraining_is_one_graph():
     """8 batches of different masks run through one graph without a break, and give eager's bits:
     value and gradient."""
-    config = Config(**TINY.to_dict() | dict(depths=(1, 1, 1, 1), decoder_layers=3))
+    config = Config(**vars(TINY) | dict(depths=(1, 1, 1, 1), decoder_layers=3))
     train = data.open_pretraining("toyworld:8", config)[0]
     budget, masks = train.row_budget(config, 4), set()
     torch.manual_seed(0)
@@ -419,7 +419,7 @@ def test_compiled_pretraining_writes_the_same_weights():
 
 def test_compiled_finetuning_does_not_recompile():
     """Batches of ever new sizes, padded or not, soon need no new graph, and answer as eager."""
-    config = Config(**ODD.to_dict() | dict(depths=(1, 1, 2, 1), drop_path=0.3))
+    config = Config(**vars(ODD) | dict(depths=(1, 1, 2, 1), drop_path=0.3))
     nets, seen = [M.Detector(config, 3, 5, 10) for _ in range(2)], []
     nets[1].load_state_dict(noisy(nets[0]).state_dict())
     with counted_graphs() as counter:
@@ -1473,7 +1473,8 @@ def test_depth_equals_equations_5_to_7():
     tokens = whole(TINY, images)
     with torch.no_grad():
         depth = net(images, tokens)
-        x, maps = net.glid.ask(images, tokens, net.offsets)
+        maps = net.glid.encode(images, tokens)
+        x = net.glid.ask(maps, tokens, net.offsets)
         features = tokens.to_grid(maps[0], 0).double()
         length, z = (f(x[0]).double() for f in (net.length, net.embed))
     assert depth.shape == (2, 32, 32) and depth.dtype == torch.float32

@@ -52,8 +52,7 @@ def packed_batches(config, batch, count):
     masks, size = masks_of(config, batch, count), [config.image_size] * 2
     images, budget = torch.randint(256, (batch, 3, *size), dtype=torch.uint8), row_budget(
         config, masks)
-    return [Packed((images, Layout(config, torch.tensor([size] * batch), mask, budget)))
-            for mask in masks]
+    return [Packed((images, whole(config, images, mask, budget))) for mask in masks]
 
 
 def planning(config, batch, count=8):

@@ -183,9 +183,9 @@ def row_budget(config, batches):
     return np.ceil(needed.mean(0) + 4 * needed.std(0) + 1).astype(int).tolist()
 
 
-def whole(config, images):
-    """Layout of a batch [B, 3, H, W] whose images all fill the canvas; nothing hidden."""
-    return Layout(config, torch.tensor([images.shape[2:]]).expand(len(images), 2))
+def whole(config, images, hidden=None, budget=None):
+    """Layout of a batch [B, 3, H, W] whose images all fill the canvas."""
+    return Layout(config, torch.tensor([images.shape[2:]]).expand(len(images), 2), hidden, budget)
 
 
 def inside(sizes, height, width):

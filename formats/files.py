@@ -367,7 +367,7 @@ def hold_out(root, source):
     (of those that show an object, if the records say so). InputError for fewer than two photos."""
     if len(source) < 2:
         raise InputError(f"--data {root}: one photo; training and validation need two")
-    full = [i for i, r in enumerate(source.records) if shows(r)]
+    full = [i for i, r in enumerate(getattr(source, "records", ())) if shows(r)]
     if len(full) == 1 < len(source):
         raise InputError(f"--data {root}: only one photo shows an object; training and validation "
                          "need one each")
