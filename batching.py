@@ -39,7 +39,7 @@ class Batches:
         self.size, self.accumulate, self.seed = args.batch_size, args.accumulate, args.seed
         self.kinds = kinds
         self.length, self.run, self.start, self.stop = length, run, start, stop
-        self.total = self.size * run.world * self.accumulate
+        self.total = run.total_batch(args)
 
     def __iter__(self):
         per_epoch, epoch_of_order = self.length // self.total, None
@@ -61,7 +61,7 @@ class Batches:
 
 def steps_per_epoch(length, args, run):
     """Optimiser steps that `length` training samples fill; InputError if none."""
-    total = args.batch_size * run.world * args.accumulate
+    total = run.total_batch(args)
     if length < total:
         raise InputError(f"--data {args.data}: {length} training images are fewer than one step "
                          f"takes ({total}); lower --batch-size or --accumulate")

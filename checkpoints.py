@@ -55,7 +55,10 @@ def read(path, flag):
 
 
 def load_pretrained(glid, args, run):
-    """Fill a GLID with what a run starts from: --init-backbone, --init with --load, or nothing."""
+    """Fill a GLID with what a run starts from: --init-backbone, --init with --load, or nothing.
+    A run that goes on, or is graded, has all in its own checkpoint; these files may be gone."""
+    if args.resume or args.eval:
+        return
     loaded = []
     if args.init_backbone:
         load_backbone(glid, args.init_backbone, run)
@@ -191,6 +194,13 @@ def resume(args, model, optimizer, run, dataset):
         raise InputError(f"--out {path}: does not fit these flags, made with --preset "
                          f"{checkpoint['preset']} ({str(error).splitlines()[0]})") from None
     run.print0(f"{path}: step {checkpoint['step']}, trained on {checkpoint['args']['data']}")
+    images = run.total_batch(args)
+    was = checkpoint.get("total_batch", images)
+    if was != images and not args.eval:
+        if not args.steps:                  # the step, counted anew, would be at another epoch
+            raise InputError(f"--batch-size {args.batch_size}: a step of {path} has {was} images, "
+                             f"not {images}; keep --batch-size x --accumulate x processes = {was}")
+        run.print0(f"{images} images a step now, {was} before")
     for key in ("steps", "epochs", "lr"):
         was, now = checkpoint["args"].get(key), getattr(args, key, None)
         if not args.eval and was != now:
@@ -210,7 +220,7 @@ def save_checkpoint(args, model, optimizer, run, step, best, dataset, is_best=Fa
     if run.rank == 0:
         content = {"model": model.state_dict(), "step": step, "best": best, "preset": args.preset,
                    "config": asdict(model.glid.config), "args": vars(args), "due": ungraded,
-                   **answer_names(dataset)}
+                   "total_batch": run.total_batch(args), **answer_names(dataset)}
         if is_best:
             save(content, Path(args.out, "best.pt"))
         save(content | {"optimizer": optimizer.state_dict()}, Path(args.out, "last.pt"))

@@ -211,7 +211,7 @@ def main(args):
         run.print0(f"{words(errors)} of {errors['images']} images, step {step}")
         return errors | {"step": step}
     batching.steps_per_epoch(len(train), args, run)
-    total_batch = args.batch_size * run.world * args.accumulate
+    total_batch = run.total_batch(args)
     training.describe(run, model, train, val, total_batch, args.steps, args.lr)
 
     training.compile_blocks(model, args, run)

@@ -34,6 +34,7 @@ PRESETS = {
                  many_queries=48, lr=1e-3, backbone_lr=1.0, query_lr=30.0, drop_path=0.0,
                  workers=1, eval_every=650),
     "small": dict(backbone_lr=1.0, drop_path=0.1),
+    "large": dict(drop_path=0.5),                   # H-DETR's for Swin-L
 }
 HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
@@ -160,7 +161,7 @@ def main(args):
         ap = evaluate(model, val, args, run, training.eval_picture(args, run))["AP"]
         run.print0(f"box AP {training.percent(ap)} of {len(val)} images, step {step}")
         return {"AP": ap, "step": step}
-    total_batch = args.batch_size * run.world * args.accumulate
+    total_batch = run.total_batch(args)
     training.describe(run, model, train, val, total_batch, steps, args.lr)
 
     training.compile_blocks(model, args, run)

@@ -45,6 +45,7 @@ PRESETS = {
                  # px of a map of 24 x 16: 2 would be an eighth of its width
                  sigma=1.0),
     "small": dict(drop_path=0.1),
+    "large": dict(drop_path=0.5),                   # ViTPose's for ViT-L
 }
 
 
@@ -179,7 +180,7 @@ def main(args):
         run.print0(", ".join(f"{k} {training.percent(v)}" for k, v in result.items())
                    + f" ({boxes}) of {len(val)} images, step {step}")
         return {"AP": result["AP"], "step": step}
-    total_batch = args.batch_size * run.world * args.accumulate
+    total_batch = run.total_batch(args)
     training.describe(run, model, train, val, total_batch, steps, args.lr,
                       args.warmup_steps)
 

@@ -128,7 +128,7 @@ def mask_intersections(found, layers, count):
     """Bool masks [D, H, W] and `count` others, as layers [L, H, W] whose value g + 1 is mask g ->
     common pixels [D, G]."""
     shared = np.zeros((len(found), count))
-    if len(found):
+    if len(found) and len(layers):
         same_shape(found[0], layers[0])
     for row, mask in zip(shared, found):
         for layer in layers:

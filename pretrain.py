@@ -166,7 +166,7 @@ def main(args):
         return {"loss": loss, "step": step}
     per_epoch = batching.steps_per_epoch(len(train), args, run)
     warmup = max(1, round(steps * args.warmup_epochs / args.epochs))
-    total_batch = args.batch_size * run.world * args.accumulate
+    total_batch = run.total_batch(args)
     peak = args.lr or 1.2e-3 * total_batch / 2048                           # = MAE's 1.5e-4 per 256
     training.describe(run, model, train, val, total_batch, steps, peak, warmup)
 

@@ -171,9 +171,13 @@ def words(args, kind, changes):
     if args.data:
         folder = "imagenet" if kind == "pretrain" else TASKS[kind][1]
         line += ["--data", str(Path(args.data, folder))]
-    if "epochs" in changes:                                 # a share of the recipe's
-        usual = training.parse(pretrain.flags(), pretrain.PRESETS, line).epochs
-        changes = changes | {"epochs": max(1, round(changes["epochs"] * usual))}
+    if changes.keys() & {"epochs", "data-fraction"}:
+        script = pretrain if kind == "pretrain" else import_module(TASKS[kind][0])
+        usual = training.parse(script.flags(), script.PRESETS, line)
+        if "epochs" in changes:                             # a share of the recipe's
+            changes = changes | {"epochs": max(1, round(changes["epochs"] * usual.epochs))}
+        elif not usual.steps:                               # the same steps with fewer labels
+            changes = changes | {"epochs": round(usual.epochs / changes["data-fraction"])}
     return [*line, *(word for name, value in changes.items() for word in (f"--{name}", str(value)))]
 
 

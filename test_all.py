@@ -303,7 +303,7 @@ def test_padded_batch_equals_alone():
             assert_close(shared, m[:, 0], 1e-9, f"masks of image {b}")
             together, alone = (semantic_inference(*x, (h, w), 2, (33, 47)) for x in
                                ((classes[-1, b], masks[-1, b]), (c[-1, 0], m[-1, 0])))
-            assert_close(together, alone, 1e-6, f"answer for image {b}")
+            assert (together == alone).float().mean() > 0.99, f"answer for image {b}"
 
 
 def test_packing_is_tight_and_repeats():
@@ -1214,7 +1214,8 @@ def test_segmentation_inference_is_mask2formers():
         cut = F.interpolate(masks[None, :, :16, :8], (64, 32), mode="bilinear")[:, :, :48]
         sums = torch.einsum("qk,bqhw->bkhw", classes.softmax(-1)[:, :4], cut.sigmoid())
         sums, big = (F.interpolate(x, (61, 43), mode="bilinear")[0] for x in (sums, cut))
-        assert_close(semantic_inference(*asked), sums, 1e-5)
+        found = semantic_inference(*asked).long()[None]
+        assert_close(sums.gather(0, found)[0], sums.amax(0), 1e-5)
         pairs = [(p.item(), k, p * big[q][big[q] > 0].sigmoid().mean(), big[q] > 0)
                  for q in range(12) for k, p in enumerate(classes[q].softmax(0)[:4])]
         pairs = [x for x in sorted(pairs, key=lambda x: -x[0])[:limit] if x[3].any()]
@@ -2203,8 +2204,7 @@ def test_broken_coco_files_are_named():
             (*note, "segments_info", 0): dict(
                 id=[(6, "is drawn"), (0, "segment id 0"), ("five", "segment id"), (5, "same id")],
                 category_id=[(8, "category 8")], iscrowd=[("no", "iscrowd")]),
-            note: dict(segments_info=[(segments(5, 65792, 9), "9 is not drawn"), None,
-                                      (segments(5), "65792 is drawn")],
+            note: dict(segments_info=[None, (segments(5), "65792 is drawn")],
                        image_id=[(1, "has two"), (9, "not listed")],
                        file_name=[("gone.png", "gone.png is not there"), None]),
             (): dict(annotations=[([], "no annotation")]),
@@ -2230,9 +2230,11 @@ def test_broken_coco_files_are_named():
             refused(at, "boxes", "instances_train2017.json")
         little_coco(at, lambda c: c["categories"][1].update(name="people"))
         refused(at, "boxes", "val2017.json", "category 30")
-        little_coco(at, kind="panoptic")
+        little_coco(at, lambda c: c["annotations"][0]["segments_info"].append(
+            dict(id=9, category_id=7, iscrowd=1)), "panoptic")
         sample = opened(at, "panoptic", "semantic")[0][0]
-        assert sample["segments"].tolist() == [[1, 0, 0], [2, 1, 0]]        # bench is stuff, last
+        assert sample["segments"].tolist() == [[1, 0, 0], [2, 1, 0], [3, 1, 1]]     # bench is last
+        assert data.find_objects("panoptic", sample, 1)[0].tolist() == [0, 1]       # 9 is not drawn
         assert sample["panoptic"][:, 0].tolist() == [2, 2, 2, 0, 1, 1]
         assert sample["semantic"][:, 0].tolist() == [1, 1, 1, 255, 0, 0]
         for pixels in (PHOTO[..., 0], PHOTO[:, :7]):
@@ -2583,6 +2585,9 @@ def test_ade20k():
         assert len(kind) == 6 and sample["panoptic"][1, 0] != sample["panoptic"][1, 7]
         assert sample["semantic"][:, 0].tolist() == [2, 0, 0, 255, 3, 3]
         assert "panoptic" in opened(at, "masks")[1][0]                      # instances alone
+        coco(at, [dict(image_id=0, file_name="a.png", segments_info=[dict(id=5, category_id=7)])],
+             "ade20k_panoptic_train", 1, "images/training/a.png")
+        assert opened(at, "panoptic", "semantic")[0].category_ids == (4, 2, 1, 3)   # not the JSON's
         source = opened(at, "semantic")[0]
         assert source.classes == ("wall", "chair", "floor", "lamp")
         assert source[0]["semantic"][:, 0].tolist() == [0, 3, 3, 255, 2, 2]
@@ -3327,6 +3332,38 @@ def test_resume_says_that_another_length_was_asked_for():
         pretrain.main(args_for(pretrain, *flags, "--resume"))
     assert "--steps not given now, 1 before\n" in said.getvalue(), said.getvalue()
     assert "--lr" not in said.getvalue() and "--epochs" not in said.getvalue()
+
+
+def test_resume_keeps_the_images_of_a_step():
+    """Steps of another size would put a schedule counted in epochs elsewhere: refused, unless it is
+    split in another way only. With --steps it is told."""
+    with folder() as at, contextlib.redirect_stdout(io.StringIO()) as said:
+        flags = ["--data", "toyworld:8:1", "--batch-size", 4, "--workers", 0, "--out", at]
+        pretrain.main(args_for(pretrain, *flags, "--steps", 1))
+        flags += ["--resume", "--epochs", 1, "--batch-size", 2]
+        with raises(InputError, "--batch-size 2", "has 4 images, not 2"):
+            pretrain.main(args_for(pretrain, *flags))
+        assert pretrain.main(args_for(pretrain, *flags, "--accumulate", 2))["step"] == 2
+        assert "images a step" not in said.getvalue()
+        pretrain.main(args_for(pretrain, *flags, "--steps", 3))
+    assert "2 images a step now, 4 before\n" in said.getvalue()
+
+
+def test_resume_needs_no_init():
+    """A run goes on, bit-identical, and is graded when the file that it started from is gone."""
+    with folder() as at, quiet():
+        flags = ["--data", "toyworld:4:1", "--batch-size", 4, "--workers", 0, "--steps", 2]
+        pretrain.main(args_for(pretrain, *flags, "--out", at))
+        flags += ["--init", at / "best.pt", "--out"]
+        finetune_depth.main(args_for(finetune_depth, *flags, at / "whole"))
+        part = [*flags, at / "part"]
+        with patched(training.Progress, add=interrupting(training.Progress.add, signal.SIGTERM)), \
+                raises(Stopped, "SIGTERM"):
+            finetune_depth.main(args_for(finetune_depth, *part))
+        (at / "best.pt").unlink()
+        assert finetune_depth.main(args_for(finetune_depth, *part, "--resume"))["step"] == 2
+        assert finetune_depth.main(args_for(finetune_depth, *part, "--eval"))["step"] == 2
+        assert_same_bits(at / "whole/last.pt", at / "part/last.pt")
 
 
 def test_evaluation_needs_the_same_meaning():
@@ -4339,6 +4376,10 @@ def test_reproduce_compares_pairs():
         starts = [f.argv[f.argv.index("--init") + 1] for f in fits]
         assert starts[0] == starts[3] and len(set(starts)) == 3
         assert [f.argv[f.argv.index("--seed") + 1] for f in fits] == list("0123")
+        args.preset, args.data = "base", "DATA"             # a tenth of the labels: the same steps
+        for task, length in ("detection", "--epochs 500"), ("semantic", "--data-fraction 0.1"):
+            argv = reproduce.finetuning(args, reproduce.TABLES["table8"][1][0], task, 0).argv
+            assert length in " ".join(argv) and ("--epochs" in argv) == (task == "detection")
 
 
 def test_flags():
@@ -4363,6 +4404,9 @@ def test_flags():
                                  zoom=0.5, rotation=40, clip=1))):
         args = vars(training.parse(script.flags(), script.PRESETS, ["--data", "x"]))
         assert args | paper == args, script
+    for script in finetune_det, finetune_pose:              # H-DETR's and ViTPose's, of large ones
+        args = training.parse(script.flags(), script.PRESETS, ["--preset", "large", "--data", "x"])
+        assert args.drop_path == 0.5
 
 
 def test_one_training_step_is_short():

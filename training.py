@@ -192,6 +192,10 @@ class Run:
         if self.rank == 0:
             print(*words, flush=True)
 
+    def total_batch(self, args):
+        """Images whose gradient one optimiser step takes, of all micro-steps and processes."""
+        return args.batch_size * args.accumulate * self.world
+
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 

@@ -401,7 +401,8 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
     ways = {"depth": (partial(open_lists, root, on_error, depth_scale),
                       partial(open_depth_pairs, root, on_error, depth_scale)),
             "keypoints": (partial(coco, "keypoints", coco_instances, "keypoints"),),
-            "panoptic": (panoptic, ade), "masks": (instances, panoptic, ade),
+            # JSON files that were made of ADE20K's maps lack what its label maps say of things
+            "panoptic": (ade, panoptic), "masks": (instances, ade, panoptic),
             "boxes": (instances,),
             "semantic": (partial(open_masks, root, on_error, ignore_label, first_label),
                          panoptic)}
