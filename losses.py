@@ -234,7 +234,9 @@ def segmentation_loss(class_logits, mask_logits, targets, canvas, num_objects, p
     # masks: the matched pairs of all layers and images together
     matched = mask_logits[layer, image, query]                              # [M, h, w]
     at = uncertain_points(matched, scale[image], points)                    # [M, P, 2]
-    truth = sample_points(masks[image, obj].float(), at)
+    # the truth one layer after the other: as floats it would be the largest tensor of the step
+    parts = (x.split(len(layer) // len(class_logits)) for x in (image, obj, at))
+    truth = torch.cat([sample_points(masks[i, o].float(), a) for i, o, a in zip(*parts)])
     cross_entropy, dice = (x.sum() / num_objects
                            for x in mask_losses(sample_points(matched, at), truth))
     total = 2 * class_loss + 5 * cross_entropy + 5 * dice
