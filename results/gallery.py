@@ -39,7 +39,7 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=4, choices=range(1, EXAMPLES + 1),
                         help="examples in a row")
     args = parser.parse_args()
-    pairs = [p.rpartition("=")[::2] for p in args.pictures]
+    pairs = [p.partition("=")[::2] for p in args.pictures]
     missing = [f for _, f in pairs if not Path(f).is_file()]
     if missing:
         parser.error(f"no such picture: {missing[0]!r}; give CAPTION=FILE")
