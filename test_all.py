@@ -2970,7 +2970,7 @@ def test_backbones_of_others():
             checkpoints.load_backbone(GLID(TINY), at / "timm.pth", state)
         torch.save({"model": Pretrainer(config).state_dict(), "config": {}}, at / "ours.pt")
         both = argparse.Namespace(init_backbone=str(at / "timm.pth"), init=at / "ours.pt",
-                                  load=None)
+                                  load=None, resume=False, eval=False)
         net = GLID(config)
         with contextlib.redirect_stdout(io.StringIO()) as said:
             checkpoints.load_pretrained(net, both, state)
