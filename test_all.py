@@ -3720,6 +3720,9 @@ def test_many_masks_take_little_memory():
             # what is kept is not a view into the batch, which would stay in memory
             assert all(x.base is None or x.base.nbytes < 1e5 for x in metric.images[0])
         assert results[0] == results[1] and 0.1 < results[0]["AR100"] < 0.9
+        none = {"labels": labels["classes"][:0], "masks": masks[:0]}        # all of it is wrong
+        metric.update(1, answer | {"scores": np.arange(50.0, 100)}, none)
+        assert metric.result()["AP"] < results[0]["AP"]
 
 
 # -----------------------------------------------------------------------------
