@@ -278,10 +278,10 @@ def loading_against_torchvision(args, count=32):
     """Images/s of one core for each loader, ours and torchvision's in turn; {"<name>": ratio}."""
     with tempfile.TemporaryDirectory() as folder:
         if not args.data:
-            for name, layout in (("imagenet", "imagenet"), ("coco", "coco"), ("nyu", "nyu"),
-                                 ("ADEChallengeData2016", "ade20k")):
+            for name, kind in (("imagenet", "imagenet"), ("coco", "coco"), ("nyu", "nyu"),
+                               ("ADEChallengeData2016", "ade20k")):
                 for split in ("train", "val"):
-                    export.export(Path(folder, name), layout, count, 640, 0, split)
+                    export.export(Path(folder, name), kind, count, 640, 0, split)
         torch.set_num_threads(1)
         result = {}
         for name, ours, theirs in loaders(args.data or folder):

@@ -5,12 +5,13 @@ not. They hold plain tensors and plain types only, and the config, so a file say
 import os
 import pickle
 import re
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from formats.files import InputError, replacing
+from formats.files import InputError, note, paths_of, replacing
 from model import resize_bias_table, swin_from_others
 
 # what torch.load raises for files that are broken, foreign, or full of code
@@ -146,11 +147,16 @@ ANSWERS = {"preset", "window", "decoder_layers", "tasks", "queries", "many_queri
            "max_depth", "norm_pix", "sigma"}
 
 
+MEANING = "classes", "category_ids", "joints", "things", "kinds"
+
+
 def answer_names(dataset):
-    """What the numbers of a network's answers mean: kept in its checkpoint, compared by resume."""
-    found = {k: getattr(dataset, k, ()) for k in ("classes", "category_ids", "joints", "things",
-                                                  "kinds")}
-    return {k: v if k == "things" else list(v) for k, v in found.items() if v}
+    """What the numbers of a network's answers mean, and a sum over the names of the photos that
+    validate: kept in its checkpoint, compared by resume."""
+    photos = "".join(Path(p).name for p in paths_of(getattr(dataset, "source", None)))
+    found = {k: getattr(dataset, k, ()) for k in MEANING}
+    return {k: v if k == "things" else list(v) for k, v in found.items() if v} | {
+        "photos": zlib.crc32(photos.encode(errors="surrogateescape"))}
 
 
 def compare(checkpoint, path, args, dataset):
@@ -167,8 +173,11 @@ def compare(checkpoint, path, args, dataset):
                          "the same, or another --out")
     for key, value in answer_names(dataset).items():
         was = checkpoint.get(key, value)
+        if key == "photos" and was != value and then["data"] == args.data:
+            note(f"note: --data {args.data}: other photos validate now than when {path} was "
+                 "written; if it was trained on some of them, metrics are too high")
         # category ids may differ if the names agree, and so may the classes that have these joints
-        if key not in ("category_ids", "kinds") and was != value:
+        if key not in ("category_ids", "kinds", "photos") and was != value:
             raise InputError(f"--data {args.data}: its {key} are {str(value)[:200]}, but --out "
                              f"{path} was trained for {str(was)[:200]} (--data {then['data']}; "
                              "for label maps, classes.txt names the classes)")
@@ -210,13 +219,11 @@ def resume(args, model, optimizer, run, dataset):
 
 def save_checkpoint(args, model, optimizer, run, step, best, dataset, is_best=False,
                     ungraded=False):
-    """Rank 0 writes OUT/last.pt, from which a run resumes, and OUT/best.pt, without optimiser. Both
-    hold config, preset, flags, what the dataset means. FloatingPointError for inf or NaN in them.
-    ungraded: the evaluation of this step is still due, and a resumed run begins with it."""
+    """Rank 0 writes OUT/last.pt, from which a run resumes, and OUT/best.pt, without optimiser; inf
+    and NaN are a FloatingPointError. ungraded: a resumed run begins with this step's evaluation."""
     if not all(p.isfinite().all() for p in model.parameters()):     # the same on all processes
-        raise FloatingPointError(f"a weight is not finite after step {step}: lower --lr; "
-                                 "with --resume the run goes on from its last checkpoint, if there "
-                                 "is one")
+        raise FloatingPointError(f"a weight is not finite after step {step}: lower --lr; with "
+                                 "--resume the run goes on from its last checkpoint, if any")
     if run.rank == 0:
         content = {"model": model.state_dict(), "step": step, "best": best, "preset": args.preset,
                    "config": asdict(model.glid.config), "args": vars(args), "due": ungraded,
@@ -224,3 +231,4 @@ def save_checkpoint(args, model, optimizer, run, step, best, dataset, is_best=Fa
         if is_best:
             save(content, Path(args.out, "best.pt"))
         save(content | {"optimizer": optimizer.state_dict()}, Path(args.out, "last.pt"))
+    run.sum(0)      # no process goes on, or ends, which ends the others, before the file is whole

@@ -52,7 +52,7 @@ def read_log(run):
 
 
 def panel(title, curves):
-    """Curves {name of a run: [(step, value), ...]} -> PIL image with axes, title and legend."""
+    """Curves {name of a run: [(step, value), ...]} -> PIL image with axes and title."""
     s, size = SMOOTH, 13 * SMOOTH
     image = Image.new("RGB", (WIDTH * s, HEIGHT * s), "white")
     pen, face = ImageDraw.Draw(image), draw.font(size)
@@ -135,6 +135,6 @@ if __name__ == "__main__":
     parser = training.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its log.jsonl")
     parser.add_argument("--out", default="out/curves.png", help="PNG to write")
-    parser.add_argument("--metric", type=lambda text: text.split(","), help="names in the logs, "
-                        "as mIoU,PQ (default: the first of each run)")
+    parser.add_argument("--metric", type=lambda text: text.split(","), metavar="NAMES",
+                        help="names in the logs, as mIoU,PQ (default: the first of each run)")
     launch(main, parser.parse_args(sys.argv[1:]))

@@ -4,7 +4,8 @@ From files (or ToyWorld) to batches: reading photos, joint augmentation, padding
 A data set is opened by open_pretraining(), open_segmentation(), ... from a folder (formats/) or
 the word "toyworld". Its samples are addressed by (epoch, index); every random choice of a sample
 (crop, flip, colours, which units are hidden) is drawn from a generator seeded with (seed, epoch,
-index), so it is the same for any number of workers or processes, and after a resume.
+index), in pre-training also with the part. So it is the same for any number of workers or
+processes, and after a resume.
 
 Photos stay uint8 until they are on the device: a quarter of the bytes to copy and to crop.
 """
@@ -155,7 +156,7 @@ class Pretraining:
     def row_budget(self, config, batch_size, trials=32):
         """Rows of attention to reserve for a batch of this size, see tokens.row_budget; estimated
         from `trials` batches of masks, which are the same in every process. (Of --preset small's
-        batches of 512, one in five needed more than 8 trials had foretold, after 32 one in 13.)"""
+        batches of 512, one in 10 needs more than 8 trials have foretold, after 32 one in 50.)"""
         with seeded(0):
             masks = [torch.stack([hidden_units(*self.mask) for _ in range(batch_size)])
                      for _ in range(trials)]
@@ -431,7 +432,7 @@ class Detection:
     Training: image uint8 [3, H, W], labels int64 [N], boxes float [N, 4] = centre x, y, width,
               height in 0..1 of the image; no crowds, and no boxes that a crop left without area.
     Test:     image as the network gets it; size int64 [2], height and width of the photo; index;
-              labels; boxes x1 y1 x2 y2 in the photo's pixels; area and iscrowd if known.
+              labels as above; boxes x1 y1 x2 y2 in the photo's pixels; area and iscrowd if known.
     source: one of open_sources; size: px, see detection_transform.
     """
 
@@ -446,7 +447,8 @@ class Detection:
 
     def __getitem__(self, at):
         epoch, index = at
-        sample = self.source[index]
+        sample = dict(self.source[index])
+        sample["labels"] = sample.pop("classes")
         if not self.train:
             size = torch.tensor(sample["image"].shape[-2:])
             return sample | {"image": self.transform(sample["image"]), "size": size,
@@ -461,7 +463,7 @@ class Detection:
         keep = (boxes[:, 2:] > 0).all(1)
         if "iscrowd" in sample:
             keep &= ~sample["iscrowd"].bool()
-        return {"image": sample["image"], "labels": sample["classes"][keep], "boxes": boxes[keep]}
+        return {"image": sample["image"], "labels": sample["labels"][keep], "boxes": boxes[keep]}
 
 
 def open_detection(path, size, fraction=1.0, overfit=False, seed=0, flip=True, **reading):

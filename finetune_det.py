@@ -86,7 +86,8 @@ def predict(model, images, layout, originals, run):
 
 
 def evaluate(model, dataset, args, run, path=None):
-    """AveragePrecision.result of the validation set, a dict; draws the first images to `path`."""
+    """AveragePrecision.result of the validation set, a dict; draws the first images to `path`.
+    --eval: prints that of each class."""
     model.eval()
     metric, rows = AveragePrecision("box", range(len(dataset.classes))), []
     batches = batching.share([1] * len(dataset), args, run)
@@ -97,7 +98,6 @@ def evaluate(model, dataset, args, run, path=None):
         originals = [t["size"].tolist() for t in targets]
         found = predict(model, images, layout, originals, run)
         for truth, guess in zip(targets, found):
-            truth["labels"] = truth.pop("classes")
             metric.update(ids[truth["index"]], {k: v.numpy() for k, v in guess.items()},
                           {k: truth[k].numpy() for k in truth.keys() - {"index", "size"}})
             if len(rows) < 8 and path and run.rank == 0:
@@ -106,7 +106,10 @@ def evaluate(model, dataset, args, run, path=None):
     model.train()
     if rows:
         draw.save(draw.below(rows), path)
-    return run.merged(metric).result()
+    result = run.merged(metric).result()
+    if args.eval:
+        training.print_classes(run, "AP", result, dataset.classes)
+    return result
 
 
 def drawn(photo, truth, guess, classes, threshold=0.3):
@@ -158,9 +161,10 @@ def main(args):
     step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)
     steps = batching.schedule(len(train), args, run)
     if args.eval or (step >= steps and not ungraded):
-        ap = evaluate(model, val, args, run, training.eval_picture(args, run))["AP"]
-        run.print0(f"box AP {training.percent(ap)} of {len(val)} images, step {step}")
-        return {"AP": ap, "step": step}
+        result = evaluate(model, val, args, run, training.eval_picture(args, run))
+        run.print0("box " + ", ".join(f"{k} {training.percent(result[k])}" for k in HEADLINE)
+                   + f" of {len(val)} images, step {step}")
+        return {"AP": result["AP"], "step": step}
     total_batch = run.total_batch(args)
     training.describe(run, model, train, val, total_batch, steps, args.lr)
 

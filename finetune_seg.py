@@ -268,7 +268,8 @@ def pictures(task, photo, answer, truth, dataset, threshold=0.5):
 
 def evaluate(model, dataset, args, run, path=None):
     """REPORT of every task over the whole validation set, every image once on one process; all
-    tasks ask about the same encoded image. Picture of the first images at `path`."""
+    tasks ask about the same encoded image. Picture of the first images at `path`. --eval: prints
+    each class, too."""
     model.eval()
     metrics, rows = {t: new_metric(t, dataset) for t in args.tasks}, []
     batches = batching.share([1] * len(dataset), args, run)
@@ -296,6 +297,8 @@ def evaluate(model, dataset, args, run, path=None):
     if "semantic" in results and math.isnan(results["semantic"]["mIoU"]):
         raise InputError(f"--data {args.data}: no pixel of the validation photos has a class; is "
                          "that due to --first-label or --ignore-label?")
+    for task in args.tasks if args.eval else ():
+        training.print_classes(run, REPORT[task][0], results[task], dataset.classes)
     return {name: results[t][name] for t in args.tasks for name in REPORT[t]}
 
 
@@ -379,7 +382,8 @@ def main(args):
     step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)
     if args.eval or (step >= args.steps and not ungraded):
         results = evaluate(model, val, args, run, training.eval_picture(args, run))
-        run.print0(f"{words(results)} of {len(val)} images, step {step}")
+        run.print0(", ".join(f"{k} {training.percent(v)}" for k, v in results.items())
+                   + f" of {len(val)} images, step {step}")
         return main_metrics(results) | {"step": step}
     batching.steps_per_epoch(len(train), args, run)
     total_batch = run.total_batch(args)

@@ -68,7 +68,8 @@ def explained(error):
     if "DataLoader worker" in text and ("killed" in text or "exited" in text):
         return f"a data process has ended ({first[:120]}); was memory full? Try --workers 0"
     if dist.is_initialized() and ("gloo" in text or isinstance(error, dist.DistBackendError)):
-        return "another process of this run has ended; its message says why"
+        last = text.strip().splitlines()[-1][:200]
+        return f"the processes lost each other ({last}); if one has ended, its message says why"
     return None
 
 

@@ -292,8 +292,8 @@ def silog_loss(prediction, target, eps=1e-3):
     """Scale-invariant loss 10 sqrt(var(g) + 0.15 mean(g)^2), g = log prediction - log target.
 
     prediction, target: float in metres, of any one shape; prediction > 0. Pixels count
-    where target > 0. Eigen's loss as BTS and BinsFormer write it: var with 1 / n, logarithms of
-    depth + eps, statistics over all valid pixels of the batch, not of each image. Without a valid
+    where target > 0. Eigen's loss with BTS's var (1 / n), BinsFormer's logarithms (of depth + eps)
+    and both's statistics, over all valid pixels of the batch, not of each image. Without a valid
     pixel it is 0 with gradient 0.
     """
     valid = target > 0

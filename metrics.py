@@ -72,12 +72,11 @@ class MeanIoU:
         self.confusion += other.confusion
 
     def result(self):
-        """mIoU, pixel_accuracy and iou [num_classes]; nan where the truth holds no pixel."""
+        """mIoU and per_category {label: IoU}; nan where the truth holds no pixel."""
         hits, truth = self.confusion.diagonal(), self.confusion.sum(1)
         iou = hits / np.maximum(truth + self.confusion.sum(0) - hits, 1)
         iou[truth == 0] = np.nan
-        accuracy = float(hits.sum() / truth.sum()) if truth.any() else math.nan
-        return {"mIoU": mean(iou), "pixel_accuracy": accuracy, "iou": iou}
+        return {"mIoU": mean(iou), "per_category": dict(enumerate(iou.tolist()))}
 
 
 # ---- Depth ----------------------------------------------------------------------------------
@@ -349,7 +348,7 @@ class PanopticQuality:
 
     def result(self):
         """PQ, SQ, RQ over all categories, the same with _things and _stuff, and per_category
-        {id: [PQ, SQ, RQ]}; nan for a category with no true and no predicted segment."""
+        {id: PQ}; nan for a category with no true and no predicted segment."""
         (tp, fp, fn), total = self.counts.T, np.array([math.fsum(ious) for ious in self.ious])
         weight = np.maximum(tp + fp / 2 + fn / 2, 0.5)
         table = np.stack([total / weight, total / np.maximum(tp, 1), tp / weight], 1)  # [K, 3]
@@ -357,4 +356,4 @@ class PanopticQuality:
         groups = {"": self.isthing | True, "_things": self.isthing, "_stuff": ~self.isthing}
         out = {name + suffix: mean(column) for suffix, rows in groups.items()
                for name, column in zip(("PQ", "SQ", "RQ"), table[rows].T)}
-        return out | {"per_category": dict(zip(self.index, table.tolist()))}
+        return out | {"per_category": dict(zip(self.index, table[:, 0].tolist()))}

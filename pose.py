@@ -246,7 +246,8 @@ def heatmap_targets(joints, labelled, crop, size, sigma=2.0):
     joints [B, J, 2] crop px; labelled [B, J]; crop (H, W); size (h, w) of the map; sigma in
     heatmap px. Centres are not rounded. Returns maps [B, J, h, w] and weights [B, J], 0 for a joint
     that has no label or lies outside the map, because there is no peak to learn.
-    ViTPose cuts the tails beyond 3 sigma (below 0.011); here they stay.
+    ViTPose cuts the tails beyond 3 sigma (below 0.011), here they stay; and it teaches the tail of
+    a joint that lies up to 3 sigma outside the map, to which we give no weight.
     """
     (h, w), device = size, joints.device
     # plain numbers, not tensors made of them: a GPU would stop for each copy
@@ -368,6 +369,7 @@ def read_boxes(path, ids, kinds):
                          f"({str(error).splitlines()[0]})") from None
     if not isinstance(entries, list):
         raise InputError(f"--boxes {path}: not a list; COCO's results format is one list of boxes")
+    ids = [*map(an_id, ids)]
     found = {i: [] for i in ids}
     for n, entry in enumerate(entries):
         try:

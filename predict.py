@@ -221,7 +221,8 @@ def as_boxes(boxes):
     if boxes is None:
         return None
     try:
-        found = np.asarray(boxes, np.float64).reshape(-1, 4)
+        found = np.asarray(boxes, np.float64)
+        found = found.reshape(-1, 4) if found.shape[-1] == 4 or not found.size else found * np.nan
     except (TypeError, ValueError):
         found = np.array([[np.nan] * 4])
     if not np.isfinite(found).all():
@@ -273,7 +274,7 @@ def flags():
     add("--threshold", type=training.number(float, 0, 1), default=THRESHOLD,
         help="lowest score that is drawn; with --detector, lowest score of a person's box")
     add("--attention", action="store_true", help="also draw where queries look (Figure 4)")
-    add("--queries", type=lambda text: [training.COUNT(n) for n in text.split(",")],
+    add("--queries", type=lambda text: [training.COUNT(n) for n in text.split(",")], metavar="LIST",
         help="with --attention: numbers of queries, e.g. 3,17 (default: the surest)")
     add("--longest", type=training.PIXELS, default=LONGEST, help="depth: larger photos are shrunk "
         "to this longer side, px")

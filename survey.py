@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-from formats.files import IGNORE, InputError, left_out, opened, shows
+from formats.files import IGNORE, InputError, left_out, opened, paths_of, shows
 from pose import SIDES, flip_order
 
 LOOKED_AT = 200                         # label maps of each part to count pixels in, at most
@@ -38,7 +38,7 @@ def lines(args, train, val):
             found += segments(part, source)
         elif records and "semantic" in getattr(args, "tasks", ()):
             found += pixels(part, source, args)
-    found += depths(train.source) + twice(train.source, val.source)
+    found += bit_depths(train.source) + twice(train.source, val.source)
     return found + limits(args, train) + mirrors(args, train)
 
 
@@ -116,18 +116,18 @@ def pixels(part, source, args):
     return found
 
 
-def depths(source):
-    """A note if 16-bit photos use only their 9 to 14 lower bits, as many cameras write them: they
-    would be read as nearly black. Looks at 20 photos at most."""
-    paths = getattr(source, "files", None) or [r["photo"] for r in getattr(source, "records", ())]
-    largest = []
+def bit_depths(source):
+    """A note if 16-bit photos use only their lower bits, at most 14, as many cameras write them:
+    they would be read as nearly black. Looks at 20 photos at most."""
+    paths, largest = paths_of(source), []
     for path in paths[::-(-len(paths) // 20)] if paths else ():
         with contextlib.suppress(InputError), opened(path) as image:
             if image.mode.startswith("I"):
-                largest.append(int(np.asarray(image).max()))
+                value = int(np.asarray(image).max())
+                largest += [value] * (image.mode != "I" or value > 255)     # see files.to_tensor
             elif image.tile and ";16" in str(image.tile[0][3]):     # colours: PIL drops 8 bits
                 largest.append(int(np.asarray(image).max()) * 256 + 255)
-    if not largest or not 255 < max(largest) < 2 ** 14:
+    if not largest or not 0 < max(largest) < 2 ** 14:
         return []
     return [f"note: photos of 16 bits whose largest value is {max(largest)} are read as nearly "
             f"black; multiply them by {2 ** 16 // 2 ** max(largest).bit_length()}"]
@@ -156,7 +156,9 @@ def limits(args, train):
     if hasattr(train, "joints") or tasks == ["semantic"]:
         return []
     queries = getattr(args, "queries", None) or 200         # finetune_seg's default for objects
-    queries = min(queries) if isinstance(queries, list) else queries
+    if isinstance(queries, list):               # semantic maps are no list of objects
+        pairs = zip(tasks, queries * len(tasks))
+        queries = min(q for task, q in pairs if task != "semantic")
     if most > queries:
         return [f"note: a training photo has {most} objects, --queries {queries} can find no more "
                 f"than {queries} in a photo"]

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -740,7 +741,7 @@ def test_metrics_panoptic_by_hand():
     assert near([pq.result()[k] for k in ("PQ_things", "PQ_stuff")], [3 / 4, 2 / 3])
     pq.update(found[:, :6], {7: 20, 8: 20}, target[:, :6], segments[:2])  # 7 is now FP, 1 is FN
     r = pq.result()
-    assert near(r["per_category"][10], [.75 / 1.5, .75, 1 / 1.5]) and near(r["RQ_stuff"], 2 / 2.5)
+    assert near(r["per_category"][10], .75 / 1.5) and near(r["RQ_stuff"], 2 / 2.5)
 
 
 def test_metrics_miou_and_depth_by_hand():
@@ -748,7 +749,7 @@ def test_metrics_miou_and_depth_by_hand():
     miou, depth = metrics.MeanIoU(20), metrics.DepthErrors(1e-3, 10)
     miou.update(np.array([[0, 0, 1, 7, 19, 5]]), np.array([[0, 1, 1, 19, 19, 255]], np.uint8))
     assert near(miou.result()["mIoU"], 1 / 2)               # of 3; 17 absent classes do not count
-    assert near(miou.result()["pixel_accuracy"], 3 / 5)
+    assert near([miou.result()["per_category"][k] for k in (0, 1, 19)], [1 / 2, 1 / 2, 1 / 2])
     for wrong in (20, -1):
         with raises(ValueError, "20 classes"):
             miou.update(np.array([[0]]), np.array([[wrong]]))
@@ -2263,6 +2264,7 @@ def test_label_maps_of_few_bits():
             rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in digits)
             fill(at, {name: png(3, 4, bits, 0, rows), f"images/train/a/{bits}.png": PHOTO[:3, :4]})
             assert (files.read_labels(at / name) == truth).all(), bits
+        fill(at, {"annotations/train/a.txt": "0 .5 .5 .1 .1"})          # YOLO's boxes are no maps
         (at / "labels/train").mkdir(parents=True)
         (at / "labels/train/a").symlink_to(at / "elsewhere")
         parts = opened(at, "semantic", first_label=0)
@@ -2272,15 +2274,18 @@ def test_label_maps_of_few_bits():
 
 
 def test_orientations():
-    """Every EXIF orientation in every kind of file, against PIL's own; odd tags turn nothing."""
+    """Every EXIF orientation in every kind of file, against PIL's own; odd tags turn nothing, and
+    a broken EXIF spoils no photo."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8)
     odd = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x07\0\0\0\x01\x06\0\0\0\0\0\0\0"
     with folder() as at:
         photos = {f"{number}.{suffix}": (pixels, held(number, lossless=True))
                   for suffix in ("png", "tif", "webp") for number in range(1, 11)}
-        for path in fill(at, photos | {"odd.jpg": (pixels, dict(exif=odd))}).iterdir():
+        photos |= {"odd.jpg": (pixels, dict(exif=odd)),
+                   "broken.jpg": (pixels, dict(exif=b"Exif\0\0" + bytes(16), dpi=(72, 72)))}
+        for path in fill(at, photos).iterdir():
             with Image.open(path) as image:                 # PIL trusts no tag of a wrong type
-                upright = ImageOps.exif_transpose(image) if path.stem != "odd" else image
+                upright = ImageOps.exif_transpose(image) if path.stem.isdigit() else image
                 upright = np.asarray(upright.convert("RGB"))
             photo, view = files.read_view(path, lambda h, w: (1, 2, h - 3, w - 5), 35)
             assert view == (1, 2, upright.shape[0] - 3, upright.shape[1] - 5), path
@@ -2394,6 +2399,7 @@ def test_no_photo_stands_in_for_another():
             ([local + "set/my%20photo%20a.png", "..\\label\\b.png", "U\u0308.png"],
              ["images/my photo a.png", "images/b.png", "images/sub/Ü.PNG"]),
             (both, ["test/0.png", "test/1.png"]),           # the other part's, if nowhere else
+            (both, [*images, "test/0.png", "test/1.png"]), (both, [*both, "train/0.png"]), # told
             (["ROOT/a/0.png", "ROOT/b/0.png"], ["a/0.png", "b/0.png"]),
             (three, ["train/0.png", "train/1.png", "val/2.png"]),           # one file for all
             (three, [*images, "masks/2.png"], "no such file"),
@@ -2411,7 +2417,15 @@ def test_no_photo_stands_in_for_another():
                     parts = formats.open_folder(at, ["boxes"])
                 found = {r["id"]: r["photo"] for s in parts for r in s.records}
                 assert ("than it names" in said.getvalue()) == (names[0][:2] == "x/"), names
-                assert [found[i] for i in range(len(names))] == [at / p for p in places], names
+                assert ("these names, too" in said.getvalue()) == (len(names) < len(places)), names
+                assert [found[i] for i in range(len(names))] == [
+                    at / p for p in places[:len(names)]], names
+    with folder() as at:                                    # an own folder goes before a test part
+        for part in ("train", "val"):
+            coco(at, [{}], f"instances_{part}", 1, f"images/{part}/{{}}")
+        fill(at, {"test/0.png": PHOTO, "train.png": PHOTO})
+        assert [s.records[0]["photo"] for s in opened(at, "boxes")] == [
+            at / "images/train/0.png", at / "images/val/0.png"]
 
 
 def test_parts_of_coco_files():
@@ -2794,6 +2808,8 @@ def test_what_is_told_before_training():
         assert "4 training and 1 validation" in said and "2 .heic, 1 .avif are passed over" in said
         said = told(pretrain, fill(at, {"deep.png": np.full((40, 30), 4000, np.uint16)}))
         assert "largest value is 4000" in said and "by 16" in said
+        said = told(pretrain, fill(at, {"deep.png": np.full((40, 30), 200, np.uint16)}))
+        assert "largest value is 200" in said and "by 256" in said
         colours = png(40, 30, 16, 2, 40 * (b"\0" + 90 * (1000).to_bytes(2, "big")))
         said = told(pretrain, fill(at, {"deep.png": colours}))
         assert "largest value is 1023" in said and "by 64" in said
@@ -2991,6 +3007,10 @@ def test_checkpoint_survives_a_failed_write():
         with patched(torch, save=broken), raises(InputError, "last.pt", "disk full"):
             checkpoints.save({"step": 2}, at / "last.pt")
         assert torch.load(at / "last.pt")["step"] == 1 and len(list(at.iterdir())) == 1
+        other, waits = training.Run(torch.device("cpu"), rank=1, world=2), mock.Mock()
+        with patched(training.Run, sum=waits):              # the others wait for the first process
+            checkpoints.save_checkpoint(None, torch.nn.Linear(1, 1), None, other, 3, 0, None)
+        assert waits.called and torch.load(at / "last.pt")["step"] == 1
 
 
 # How far the weights of two runs that ought to be equal may lie apart, trained with steady_adam()
@@ -3349,6 +3369,41 @@ def test_resume_keeps_the_images_of_a_step():
     assert "2 images a step now, 4 before\n" in said.getvalue()
 
 
+def test_a_change_of_the_validation_photos_is_told():
+    """Where every 20th photo validates, a new photo makes photos that were trained on validate."""
+    with folder() as at, quiet(), contextlib.redirect_stderr(io.StringIO()) as said:
+        for i in range(22):
+            write_photo(at / f"photos/{i + 10}.png", (64, 64))
+        flags = ["--data", at / "photos", "--batch-size", 4, "--workers", 0, "--out", at / "out"]
+        pretrain.main(args_for(pretrain, *flags, "--steps", 1))
+        pretrain.main(args_for(pretrain, *flags, "--eval"))
+        assert "other photos validate" not in said.getvalue()
+        write_photo(at / "photos/1.png", (64, 64))
+        pretrain.main(args_for(pretrain, *flags, "--eval"))
+        pretrain.main(args_for(pretrain, *flags, "--steps", 2, "--resume"))
+    assert said.getvalue().count("other photos validate") == 2
+
+
+def test_eval_tells_of_each_class():
+    """--eval prints the metric of each class below the mean, which is theirs."""
+    for task in ("detection", "segmentation"):
+        script, *flags = ASKED[task]
+        with folder() as at, contextlib.redirect_stdout(io.StringIO()) as said:
+            untrained(task, at)
+            script.main(args_for(script, *flags, "--data", "toyworld:2", "--workers", 0, "--eval",
+                                 "--out", at))
+        lines = said.getvalue().splitlines()
+        answer = next(line for line in lines if "of 2 images" in line)
+        for metric in ("AP",) if task == "detection" else ("mIoU", "AP", "PQ"):
+            start = lines.index(f"{metric:>8}  class") + 1
+            names = toyworld.THINGS if metric == "AP" else toyworld.CLASSES
+            values, found = zip(*map(str.split, lines[start:start + len(names)]))
+            assert found == names
+            mean = np.mean([float(v) for v in values if v != "none"])
+            shown = float(re.search(rf"\b{metric} ([\d.]+)", answer)[1])
+            assert abs(mean - shown) < 0.011 and (mean > 0 or metric != "mIoU"), (answer, values)
+
+
 def test_resume_needs_no_init():
     """A run goes on, bit-identical, and is graded when the file that it started from is gone."""
     with folder() as at, quiet():
@@ -3687,6 +3742,13 @@ def test_what_ends_a_run_is_told():
     for error in (RuntimeError("shapes differ"), NotImplementedError("ours")):
         with raises(type(error), str(error)):
             ended(fail, error)
+    lost = torch.distributed.DistBackendError("NCCL error in x.cpp\nLast error:\nno /dev/shm left")
+    with patched(torch.distributed, is_initialized=lambda: True):       # the cause is not hidden
+        found, said = ended(fail, lost)
+    assert found == 2 and "(no /dev/shm left)" in said and said.count("\n") == 1, said
+    for words in ["--steps", "1e5"], ["--steps", "1.5"], ["--batch-size", "0"]:
+        found, said = ended(lambda words: args_for(pretrain, *words), words)
+        assert found == 2 and f"'{words[1]}': must be a whole number, at least 1" in said, said
 
 
 def test_many_masks_take_little_memory():
@@ -3914,7 +3976,16 @@ def test_results_have_the_numbers_of_the_files():
         assert resultfiles.image_ids(names) == [139, "b.jpg", 7]
         fill(at, {"ids.json": {"images": [{"id": 1003, "file_name": "train\\b.jpg"},
                                           {"id": 1007, "file_name": "7.png"}]}})
-        assert resultfiles.image_ids(names, at / "ids.json") == [139, 1003, 1007]
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            assert resultfiles.image_ids(names, at / "ids.json") == [139, 1003, 1007]
+        assert "1 of 3 photos" in said.getvalue()
+        fill(at, {"ids.json": {"images": [      # as tools spell names; a text stays a text
+            {"id": "007", "file_name": "/data/local-files/?d=set/000000000139.JPG"},
+            {"id": 7.0, "coco_url": "http://x/val2017/B.jpg"},
+            {"id": "a", "file_name": "%37.png"}]}})
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            assert resultfiles.image_ids(names, at / "ids.json") == ["007", 7, "a"]
+        assert not said.getvalue()
         names = [Path("in", n) for n in ("a/0.png", "b/0.png", "b/00.png", "2.png", "a/x.jpg")]
         with contextlib.redirect_stderr(io.StringIO()) as said:
             ids = resultfiles.image_ids([*names, names[3]])
@@ -3926,7 +3997,7 @@ def test_results_have_the_numbers_of_the_files():
                                           {"id": 6, "file_name": "b/0.png"}]}})
         assert resultfiles.image_ids(names, at / "ids.json", "x.json")[:2] == [5, 6]
         fill(at, {"ids.json": {"images": [{"id": None, "file_name": "b.jpg"}]}})
-        with raises(InputError, "--ids", "b.jpg", "None"):
+        with raises(InputError, "--ids", "image None"):
             resultfiles.image_ids(names, at / "ids.json")
         long = "x" * 249
         for names, expected in ((["x/a.jpg", "y/A.png", "z/a.jpg"], ["a", "A.png", "a.jpg"]),
@@ -4114,7 +4185,8 @@ def test_pose_asks_for_persons():
     assert model(photo, tuple(map(tuple, boxes)))["boxes"].tolist() == model(photo, boxes)[
         "boxes"].tolist()
     for photos, given, word in (([photo] * 2, [boxes], "1 entries for 2"), (photo, [[0]], "[P, 4]"),
-                                (photo, [[0, 0, np.nan, 9]], "finite")):
+                                (photo, [[0, 0, np.nan, 9]], "finite"),     # a detector's rows:
+                                (photo, [[4, 8, 40, 60, 0.9, 0]] * 2, "[P, 4]")):
         with raises(InputError, word):
             model(photos, given)
     with raises(InputError, "pose checkpoints", "detection"):

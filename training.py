@@ -77,7 +77,8 @@ def number(kind, low, high=math.inf, above=False):
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or value < low or value > high or (above and value == low):
-            bound = f"{'more than' if above else 'at least'} {low}"
+            bound = "a whole number, " * (kind is int)
+            bound += f"{'more than' if above else 'at least'} {low}"
             bound += f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text!r}: must be {bound}")
         return value
@@ -89,7 +90,7 @@ RATE, SHARE = number(float, 0, above=True), number(float, 0, 1, above=True)
 
 
 def add_flags(parser):
-    """The flags of all scripts. The defaults are the paper's; --preset tiny changes some."""
+    """The flags of all scripts. The defaults are the paper's; --preset changes some."""
     run, data, model, optimiser, _ = parser.adders
     run("--preset", choices=PRESETS, default="base", help="sizes of the model and a recipe for "
         "two CPU cores (tiny), one GPU (small); base and large are the paper's")
@@ -448,6 +449,13 @@ def percent(value, decimals=2):
     return f"{100 * value:.{decimals}f}" if value >= 0 else "none"
 
 
+def print_classes(run, metric, result, classes):
+    """The last lines of --eval: the metric of each class, as `result` of metrics.py has it."""
+    run.print0(f"{metric:>8}  class")
+    for value, name in zip(result["per_category"].values(), classes):
+        run.print0(f"{percent(value):>8}  {name}")
+
+
 # -----------------------------------------------------------------------------
 # torch.compile
 
@@ -460,8 +468,6 @@ def compile_whole(objective, args, run):
     torch._dynamo.reset()
     on_cuda = run.device.type == "cuda"
     if compiles(on_cuda if args.compile is None else args.compile, run):
-        # DDP would cut the graph into pieces, to send gradients while others are computed
-        torch._dynamo.config.optimize_ddp = False
         objective.compile(fullgraph=True, dynamic=False,
                           mode="reduce-overhead" if on_cuda else "default")
 
@@ -481,6 +487,8 @@ def compile_blocks(model, args, run):
 def compiles(wanted, run):
     """Whether torch.compile is wanted and works; if not everywhere, one line says so."""
     error = None
+    # DDP would cut the graphs into pieces, to send gradients while others are computed
+    torch._dynamo.config.optimize_ddp = False
     if wanted:
         try:                                    # all it needs: Python's headers, gcc, Triton, ...
             torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=run.device))

@@ -146,12 +146,7 @@ def read_images(root, path, content, split, on_error):
             size = as_number(entry["height"]), as_number(entry["width"])
             require(all(type(s) is int and s > 0 for s in size), f"{size} is no height and width")
             require(i not in images, "two images have this id")
-            # LVIS gives a web address alone; Windows writes folders with \\
-            address = "/".join(str(entry.get("coco_url") or "").split("/")[-2:])
-            name = entry.get("file_name") or address or entry["file_name"]
-            require(type(name) is str, f"its file_name {name} is no text")
-            name = str(Path(name.replace("\\", "/")))
-            images[i] = dict(photo=name, id=i, size=size)
+            images[i] = dict(photo=photo_name(entry), id=i, size=size)
         except BAD as error:
             raise InputError(f"{path}: image {entry.get('id', f'number {n}')}: {why(error)}") \
                 from None
@@ -159,17 +154,47 @@ def read_images(root, path, content, split, on_error):
     return images, broken
 
 
-def place_photos(root, path, split, images, broken, on_error):
-    """Find each photo: by its exact name in the first usual folder that holds one of the first 20
-    photos, or in root; else below root by a similar name, see alike. split None: the file is for
-    all parts. Changes `images`, and adds the ids of missing photos to `broken`."""
+def photo_name(entry):
+    """What an entry of "images" calls its photo; raises one of BAD if it does not say."""
+    # LVIS gives a web address alone; Windows writes folders with \\
+    address = "/".join(str(entry.get("coco_url") or "").split("/")[-2:])
+    name = entry.get("file_name") or address or entry["file_name"]
+    require(type(name) is str, f"its file_name {name} is no text")
+    return str(Path(name.replace("\\", "/")))
+
+
+def folder_of_photos(root, path, split, names):
+    """The usual folder that holds one of the photos `names`: the first that the file's own place
+    and name say, else the one that holds most of them, with a note if another has such names, too.
+    root, if there is none."""
     own = path.parent.relative_to(root).parts                               # Roboflow: beside it
+    word = path.stem.split("_")[-1]
+    said = [p for p in own if p != "annotations"] + [word, f"images/{word}"]
+    # a test part is often there without labels, and its photos may be called alike
+    parts = [p for p in (SPLITS[split] if split else sum(SPLITS.values(), ())) if p != "test"]
+    parts += [f"images/{p}" for p in parts]
+    rest = [*parts, "images", ""] if split else ["images", "", *parts]
+    held = {p: [n for n in names if (root / p / n).is_file()]
+            for p in dict.fromkeys((*said, *rest, "test", "images/test"))}
+    if found := next((p for p in said if held[p]), None):
+        return root / found
+    folder = max(held, key=lambda p: len(held[p]))          # the first of equals
+    for p in held:
+        if any(not (root / p / n).samefile(root / folder / n)
+               for n in set(held[p]) & set(held[folder])):
+            note(f"note: {path}: its photos are taken from {root / folder}; {root / p} holds photos"
+                 " of these names, too: if these are meant, give their folder in file_name")
+    return root / folder if held[folder] else root
+
+
+def place_photos(root, path, split, images, broken, on_error):
+    """Find each photo: by its exact name in folder_of_photos, or in root; else below root by a
+    similar name, see alike. split None: the file is for all parts. Changes `images`, and adds the
+    ids of missing photos to `broken`."""
     parts = SPLITS[split] if split else sum(SPLITS.values(), ())
-    places = [p for p in own if p != "annotations"] + [path.stem.split("_")[-1], *parts]
-    places = dict.fromkeys((*places, *(f"images/{p}" for p in parts), "images", ""))
     given = {i: record["photo"] for i, record in images.items()}
-    first = [n for n in given.values() if not Path(n).is_absolute()][:20]
-    folder = next((root / p for p in places if any((root / p / n).is_file() for n in first)), root)
+    folder = folder_of_photos(root, path, split, [
+        n for n in given.values() if not Path(n).is_absolute()][:20])
     there, used = set(os.listdir(folder)), set()            # one look instead of 100,000
     for i, name in given.items():
         here = folder / name

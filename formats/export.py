@@ -2,7 +2,7 @@
 download; and a contact sheet to look at.
 
     python -m formats.export --preview sheet.png
-    python -m formats.export --out data/toy --layout coco --count 100  # or imagenet, ade20k, nyu
+    python -m formats.export --out data/toy --format coco --count 100  # or imagenet, ade20k, nyu
 """
 import argparse
 import json
@@ -18,20 +18,20 @@ from formats.masks import to_runs
 from toyworld import CLASSES, FOCAL, KEYPOINTS, SKELETON, SPLIT_START, THINGS, scene
 
 
-def export(root, layout, count, size, seed, split):
-    """Write `count` scenes, `size` px a side, of a split ("train", "val") below root; layout:
+def export(root, kind, count, size, seed, split):
+    """Write `count` scenes, `size` px a side, of a split ("train", "val") below root; kind:
     "imagenet", "coco", "ade20k" or "nyu"."""
     root, pairs = Path(root), []
     coco = {"instances": [], "person_keypoints": [], "panoptic": []}
-    for i in tqdm(range(count), desc=f"{layout} {split}"):
+    for i in tqdm(range(count), desc=f"{kind} {split}"):
         s = scene(seed, SPLIT_START[split] + i, size)
-        if layout == "imagenet":  # the folder names the largest object
+        if kind == "imagenet":  # the folder names the largest object
             name = THINGS[s["classes"][s["masks"].sum((1, 2)).argmax()]]
             files = {f"{split}/{name}/{i:06d}.jpg": s["image"]}
-        elif layout == "ade20k":  # 0 means unlabelled there
+        elif kind == "ade20k":  # 0 means unlabelled there
             at = f"{dict(train='training', val='validation')[split]}/ADE_{split}_{i:08d}"
             files = {f"images/{at}.jpg": s["image"], f"annotations/{at}.png": s["semantic"] + 1}
-        elif layout == "nyu":  # 16 bit, millimetres; each line of the list: photo, depth, focal
+        elif kind == "nyu":  # 16 bit, millimetres; each line of the list: photo, depth, focal
             at = dict(train="train", val="test")[split]
             files = {f"{at}/rgb_{i:05d}.jpg": s["image"],
                      f"{at}/sync_depth_{i:05d}.png": np.uint16((s["depth"] * 1000).round())}
@@ -46,10 +46,10 @@ def export(root, layout, count, size, seed, split):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(root / path, quality=95)
 
-    if layout == "nyu":
+    if kind == "nyu":
         (root / f"nyudepthv2_{at}_files_with_gt.txt").write_text("".join(pairs), encoding="utf-8")
     images = [dict(id=i, file_name=f"{i:012d}.jpg", height=size, width=size) for i in range(count)]
-    for key, found in coco.items() if layout == "coco" else ():
+    for key, found in coco.items() if kind == "coco" else ():
         names = dict(instances=THINGS, person_keypoints=("person",), panoptic=CLASSES)[key]
         categories = [dict(id=category_id(k), name=n, isthing=int(n in THINGS))
                       for k, n in enumerate(names)]
@@ -107,7 +107,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write ToyWorld to disk, or look at it.")
     parser.add_argument("--preview", help="write a contact sheet to this file")
     parser.add_argument("--out", help="write a data set to this folder")
-    parser.add_argument("--layout", default="coco", choices=("imagenet", "coco", "ade20k", "nyu"))
+    parser.add_argument("--format", default="coco", choices=("imagenet", "coco", "ade20k", "nyu"))
     parser.add_argument("--count", type=int, default=12, help="scenes (of each split)")
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     parser.add_argument("--seed", type=int, default=0)
@@ -115,4 +115,4 @@ if __name__ == "__main__":
     if args.preview:
         preview(args.preview, args.count, args.size, args.seed)
     for split in SPLIT_START if args.out else ():
-        export(args.out, args.layout, args.count, args.size, args.seed, split)
+        export(args.out, args.format, args.count, args.size, args.seed, split)

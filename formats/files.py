@@ -87,9 +87,15 @@ TURNS = dict(enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_
                         Image.Transpose.ROTATE_90), 2))
 
 
+EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}     # where PNGs may say it
+
+
 def orientation(image):
     """EXIF's number for how the camera was held, 2 to 8, or 1. PIL turns TIFFs by itself."""
-    found = image.getexif().get(ExifTags.Base.Orientation)
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:                           # whatever is broken there, the pixels may be whole
+        found = 1
     return found if found in (2, 3, 4, 5, 6, 7, 8) and image.format != "TIFF" else 1
 
 
@@ -301,6 +307,8 @@ class Source:
             told, records = Counter(), self.habit["records"]
             for record in records[::-(-len(records) // 1000)]:
                 with contextlib.suppress(InputError), opened(record["photo"]) as image:
+                    if image.format == "PNG" and not EXIF & image.info.keys():
+                        continue                # PIL would decode it all to look behind the pixels
                     width, height = image.size
                     told["turned"] += orientation(image) > 1
                     if orientation(image) > 4 and width != height:
@@ -321,6 +329,11 @@ class Source:
         part = copy.copy(self)
         part.records = [self.records[i] for i in indexes]
         return part
+
+
+def paths_of(source):
+    """Paths of the photos of a source; none if they are drawn."""
+    return getattr(source, "files", None) or [r["photo"] for r in getattr(source, "records", ())]
 
 
 def as_sample(tensors):

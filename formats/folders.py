@@ -75,10 +75,15 @@ def subfolder(root, *names):
 def split_folders(root, split, *groups):
     """For each group of words the first folder root/word/part or root/part/word that is there, or
     None; a list of such tuples, one for each name that the split may have, e.g. val and valid.
-    split None: root/word."""
-    return [tuple(next((p for w in words for names in ((w, part), (part, w))
-                        if (p := subfolder(root, *names))), None) for words in groups)
-            for part in SPLITS.get(split, ("",))]
+    split None: root/word. Of several folders the first with images: labels/ may hold texts."""
+    def pick(words, part):
+        there = list(dict.fromkeys(p for w in words for names in ((w, part), (part, w))
+                                   if (p := subfolder(root, *names))))
+        for path in there[:-1]:
+            with contextlib.suppress(InputError):
+                return list_images(path, {*SUFFIXES}) and path
+        return there[-1] if there else None
+    return [tuple(pick(words, part) for words in groups) for part in SPLITS.get(split, ("",))]
 
 
 def photo_folders(root):
@@ -279,7 +284,10 @@ def open_ade_instances(root, keys, on_error):
               root / "ade20k_instance_catid_mapping.txt"]
     place = next((p for p in places if p.is_file()), None)
     names = class_names(root)
-    if not found or not place or not names:
+    if not found:
+        raise InputError(f"--data {root}: annotations_instance/ is there without the photos in "
+                         "images/ and the label maps in annotations/")
+    if not place or not names:
         raise InputError(f"{places[0]}: this file or objectInfo150.txt is missing; they say which "
                          "classes the instances of ADE20K have")
     try:            # a line of titles, then: instance class, scene parsing class, ... from 1

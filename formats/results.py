@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 import draw
-from formats.coco import an_id
+from formats.coco import BAD, an_id, as_seen, photo_name, why
 from formats.files import InputError, list_images, note, read_json, replacing
 from formats.masks import compressed, to_runs
 
@@ -74,28 +74,32 @@ def image_ids(paths, file=None, boxes=None):
     """The id of each photo in result files, int or str.
 
     file: a COCO annotation file, whose "images" give the ids, by path or by a name that occurs
-    once. The id of every other photo is its name, as a number if it is one (000000000139.jpg is
-    139). Photos that would share an id get their path, with a note; with a file of `boxes` this is
-    an InputError, because an id there could mean either photo.
+    once, see coco.as_seen. The id of every other photo is its name, as a number if it is one
+    (000000000139.jpg is 139); a note says how many the file does not list. Photos that would share
+    an id get their path, with a note; with a file of `boxes` this is an InputError, because an id
+    there could mean either photo.
     """
-    listed, names = {}, defaultdict(set)
-    for entry in read_json(file, ["images"])["images"] if file else ():
-        if "id" in entry and isinstance(entry.get("file_name"), str):
-            at = Path(entry["file_name"].replace("\\", "/"))
-            try:
-                number = an_id(entry["id"])
-            except ValueError as error:
-                raise InputError(f"--ids {file}: image {at}: {error}") from None
-            listed[at.as_posix()] = number
-            names[at.name].add(number)
-    listed |= {name: ids.pop() for name, ids in names.items() if len(ids) == 1}
-
-    def id_of(path):
+    listed, names, unlisted = {}, defaultdict(set), 0
+    for n, entry in enumerate(read_json(file, ["images"])["images"] if file else ()):
+        try:
+            at, number = photo_name(entry), an_id(entry["id"])
+        except BAD as error:
+            which = entry.get("id", f"number {n}")
+            raise InputError(f"--ids {file}: image {which}: {why(error)}") from None
+        # a text stays a text: the official tools compare it with what their file says
+        listed[at] = entry["id"] if type(entry["id"]) is str else number
+        names[as_seen(at)].add(listed[at])
+    listed |= {(name,): ids.pop() for name, ids in names.items() if len(ids) == 1}
+    ids, owners = [], defaultdict(set)
+    for path in paths:
         ends = ("/".join(path.parts[i:]) for i in range(len(path.parts)))       # the longest first
+        end = next((end for end in (*ends, (as_seen(path.name),)) if end in listed), None)
+        unlisted += end is None
         number = path.stem.isascii() and path.stem.isdecimal()
-        return next((listed[end] for end in ends if end in listed),
-                    int(path.stem) if number else path.name)
-    ids, owners = [id_of(path) for path in paths], defaultdict(set)
+        ids.append(listed[end] if end else int(path.stem) if number else path.name)
+    if file and unlisted:
+        note(f"note: --ids {file}: does not list {unlisted} of {len(paths)} photos; their ids are "
+             "their names")
     for path, number in zip(paths, ids):
         owners[number].add(os.path.realpath(path))
     if twins := [number for number, those in owners.items() if len(those) > 1]:
@@ -125,6 +129,9 @@ def check(model):
     if model.task == "depth" and 1000 * model.args.max_depth > DEEPEST:
         raise InputError(f"--json: a depth map of 16 bits ends at {DEEPEST / 1000} m, this model "
                          f"at --max-depth {model.args.max_depth}; leave --json out")
+    if model.task == "pose" and len(ids) > 1:
+        note(f"note: keypoints.json says category {ids[0]} for all; grade it with useCats = 0, as "
+             "--eval does")
 
 
 def entries(model, answer, image, name, out):
