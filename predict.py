@@ -222,7 +222,8 @@ def as_boxes(boxes):
         return None
     try:
         found = np.asarray(boxes, np.float64)
-        found = found.reshape(-1, 4) if found.shape[-1] == 4 or not found.size else found * np.nan
+        fits = found.shape[-1:] == (4,) or not found.size      # else a detector's rows, or one box
+        found = found.reshape(-1, 4) if fits else found * np.nan
     except (TypeError, ValueError):
         found = np.array([[np.nan] * 4])
     if not np.isfinite(found).all():

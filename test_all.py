@@ -2291,6 +2291,11 @@ def test_orientations():
             assert view == (1, 2, upright.shape[0] - 3, upright.shape[1] - 5), path
             assert torch.equal(photo, files.read_image(path))
             assert (photo.permute(1, 2, 0).numpy() == upright).all(), path
+        whole = (fill(at, {"hole.png": pixels}) / "hole.png").read_bytes()
+        (at / "hole.png").write_bytes(whole[:999] + bytes(500) + whole[1499:])
+        for read in files.read_image, lambda p: files.read_view(p, lambda h, w: (0, 0, h, w), 35):
+            with raises(InputError, "hole.png", "replace"):
+                read(at / "hole.png")
 
 
 def test_orientations_that_cannot_be_seen():
@@ -3385,7 +3390,7 @@ def test_a_change_of_the_validation_photos_is_told():
 
 
 def test_eval_tells_of_each_class():
-    """--eval prints the metric of each class below the mean, which is theirs."""
+    """--eval prints the metric of each class above the mean, which is theirs."""
     for task in ("detection", "segmentation"):
         script, *flags = ASKED[task]
         with folder() as at, contextlib.redirect_stdout(io.StringIO()) as said:
@@ -3981,10 +3986,10 @@ def test_results_have_the_numbers_of_the_files():
         assert "1 of 3 photos" in said.getvalue()
         fill(at, {"ids.json": {"images": [      # as tools spell names; a text stays a text
             {"id": "007", "file_name": "/data/local-files/?d=set/000000000139.JPG"},
-            {"id": 7.0, "coco_url": "http://x/val2017/B.jpg"},
+            {"id": 8.0, "coco_url": "http://x/val2017/B.jpg"},
             {"id": "a", "file_name": "%37.png"}]}})
         with contextlib.redirect_stderr(io.StringIO()) as said:
-            assert resultfiles.image_ids(names, at / "ids.json") == ["007", 7, "a"]
+            assert resultfiles.image_ids(names, at / "ids.json") == ["007", 8, "a"]
         assert not said.getvalue()
         names = [Path("in", n) for n in ("a/0.png", "b/0.png", "b/00.png", "2.png", "a/x.jpg")]
         with contextlib.redirect_stderr(io.StringIO()) as said:
@@ -4186,7 +4191,8 @@ def test_pose_asks_for_persons():
         "boxes"].tolist()
     for photos, given, word in (([photo] * 2, [boxes], "1 entries for 2"), (photo, [[0]], "[P, 4]"),
                                 (photo, [[0, 0, np.nan, 9]], "finite"),     # a detector's rows:
-                                (photo, [[4, 8, 40, 60, 0.9, 0]] * 2, "[P, 4]")):
+                                (photo, [[4, 8, 40, 60, 0.9, 0]] * 2, "[P, 4]"),
+                                ([photo] * 4, boxes[0], "[P, 4]"), (photo, 5, "[P, 4]")):
         with raises(InputError, word):
             model(photos, given)
     with raises(InputError, "pose checkpoints", "detection"):

@@ -450,7 +450,8 @@ def percent(value, decimals=2):
 
 
 def print_classes(run, metric, result, classes):
-    """The last lines of --eval: the metric of each class, as `result` of metrics.py has it."""
+    """What --eval prints above its last line: the metric of each class, of metrics.py's `result`.
+    """
     run.print0(f"{metric:>8}  class")
     for value, name in zip(result["per_category"].values(), classes):
         run.print0(f"{percent(value):>8}  {name}")

@@ -160,7 +160,7 @@ def photo_name(entry):
     address = "/".join(str(entry.get("coco_url") or "").split("/")[-2:])
     name = entry.get("file_name") or address or entry["file_name"]
     require(type(name) is str, f"its file_name {name} is no text")
-    return str(Path(name.replace("\\", "/")))
+    return Path(name.replace("\\", "/")).as_posix()
 
 
 def folder_of_photos(root, path, split, names):

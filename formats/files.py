@@ -92,10 +92,12 @@ EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}     # where
 
 def orientation(image):
     """EXIF's number for how the camera was held, 2 to 8, or 1. PIL turns TIFFs by itself."""
+    if image.format == "PNG" and "exif" not in image.info:
+        image.load()                            # getexif would, and its error must not be lost here
     try:
         found = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:                           # whatever is broken there, the pixels may be whole
-        found = 1
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, struct.error):
+        found = 1                               # the pixels may be whole all the same
     return found if found in (2, 3, 4, 5, 6, 7, 8) and image.format != "TIFF" else 1
 
 
@@ -304,11 +306,12 @@ class Source:
         turned decide it, for the others as well: a tool that ignores EXIF ignores it for mirrored
         and upside-down photos, too. True if no photo decides."""
         if self.habit["upright"] is None:
-            told, records = Counter(), self.habit["records"]
+            told, records, late = Counter(), self.habit["records"], 0
             for record in records[::-(-len(records) // 1000)]:
                 with contextlib.suppress(InputError), opened(record["photo"]) as image:
-                    if image.format == "PNG" and not EXIF & image.info.keys():
-                        continue                # PIL would decode it all to look behind the pixels
+                    late += image.format == "PNG" and not EXIF & image.info.keys()
+                    if image.format == "PNG" and not EXIF & image.info.keys() and late > 20:
+                        continue        # PIL would decode them all, to look behind their pixels
                     width, height = image.size
                     told["turned"] += orientation(image) > 1
                     if orientation(image) > 4 and width != height:

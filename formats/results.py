@@ -101,14 +101,14 @@ def image_ids(paths, file=None, boxes=None):
         note(f"note: --ids {file}: does not list {unlisted} of {len(paths)} photos; their ids are "
              "their names")
     for path, number in zip(paths, ids):
-        owners[number].add(os.path.realpath(path))
+        owners[an_id(number)].add(os.path.realpath(path))       # --boxes may write 7 for "7"
     if twins := [number for number, those in owners.items() if len(those) > 1]:
         said = f"{' and '.join(sorted(owners[twins[0]])[:2])} both have the id {twins[0]}"
         if boxes:
             raise InputError(f"--boxes {boxes}: {said}, so their boxes cannot be told apart; give "
                              "one folder at a time, or --ids")
         note(f"note: {said}: in result files such photos have their path")
-    return [number if len(owners[number]) == 1 else path.as_posix()
+    return [number if len(owners[an_id(number)]) == 1 else path.as_posix()
             for path, number in zip(paths, ids)]
 
 

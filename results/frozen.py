@@ -18,13 +18,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reproduce
 import training
+from launch import launch
 
 LOG = Path(__file__).with_suffix(".jsonl")
 
 
 def graded(start, row, task, seed, frozen):
     """Fine-tune; returns the metric at each evaluation."""
-    out = Path("out/frozen", task, f"{row.load} {'frozen' * frozen}".strip(), str(seed))
+    out = Path("out/frozen", *Path(start).parent.parts[-2:], task,
+               f"{row.load} {'frozen' * frozen}".strip(), str(seed))
     words = [*reproduce.finetuning(reproduce.flags().parse_args(["table4"]), row, task, seed).argv]
     words[words.index("--init") + 1] = start
     words[words.index("--data") + 1] += ":1"                # the second world
@@ -38,10 +40,10 @@ def graded(start, row, task, seed, frozen):
     return [line[reproduce.TASKS[task][2]] for line in lines if "lr" not in line]
 
 
-
-if __name__ == "__main__":
+def main(words):
+    """Make the runs, one after another."""
+    start, tasks, *seeds = words
     torch.set_num_threads(1)
-    start, tasks, *seeds = sys.argv[1:]
     for seed in map(int, seeds or "0"):
         for task in tasks.split(","):
             for row, frozen in ((r, f) for r in reproduce.PARTS[2:] for f in (True, False)):
@@ -51,3 +53,7 @@ if __name__ == "__main__":
                 with open(LOG, "a", encoding="utf-8") as file:
                     file.write(json.dumps(found) + "\n")
                 print(found, flush=True)
+
+
+if __name__ == "__main__":
+    launch(main, sys.argv[1:])
