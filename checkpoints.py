@@ -161,9 +161,12 @@ def answer_names(dataset):
 
 def compare(checkpoint, path, args, dataset):
     """InputError for a checkpoint that other flags made or whose answers mean something else."""
-    then, now = checkpoint["args"], vars(args)
+    then, now, answers = checkpoint["args"], vars(args), answer_names(dataset)
     bound = ANSWERS if args.eval else now.keys() - CHANGEABLE
     changed = [k for k in now if k in bound and then.get(k) != now[k]]
+    # the same photos may lie elsewhere, as on a cluster's scratch disk; drawn ones have no names
+    if "data" in changed and answers["photos"] and answers["photos"] == checkpoint.get("photos"):
+        changed.remove("data")
     if changed:
         key, flag = changed[0], changed[0].replace("_", "-")
         if key not in then:
@@ -171,7 +174,7 @@ def compare(checkpoint, path, args, dataset):
                              "another --out")
         raise InputError(f"--out {path}: was made with --{flag} {then[key]}, not {now[key]}; give "
                          "the same, or another --out")
-    for key, value in answer_names(dataset).items():
+    for key, value in answers.items():
         was = checkpoint.get(key, value)
         if key == "photos" and was != value and then["data"] == args.data:
             note(f"note: --data {args.data}: other photos validate now than when {path} was "

@@ -3375,7 +3375,8 @@ def test_resume_keeps_the_images_of_a_step():
 
 
 def test_a_change_of_the_validation_photos_is_told():
-    """Where every 20th photo validates, a new photo makes photos that were trained on validate."""
+    """Where every 20th photo validates, a new photo makes photos that were trained on validate. A
+    run goes on where the same photos lie in another folder, and in no other."""
     with folder() as at, quiet(), contextlib.redirect_stderr(io.StringIO()) as said:
         for i in range(22):
             write_photo(at / f"photos/{i + 10}.png", (64, 64))
@@ -3386,6 +3387,15 @@ def test_a_change_of_the_validation_photos_is_told():
         write_photo(at / "photos/1.png", (64, 64))
         pretrain.main(args_for(pretrain, *flags, "--eval"))
         pretrain.main(args_for(pretrain, *flags, "--steps", 2, "--resume"))
+        assert said.getvalue().count("other photos validate") == 2
+        (at / "photos").rename(at / "moved")                # the same photos elsewhere will do
+        flags[1] = at / "moved"
+        pretrain.main(args_for(pretrain, *flags, "--steps", 3, "--resume"))
+        (at / "moved").rename(at / "fewer")
+        (at / "fewer/1.png").unlink()
+        for other in (at / "fewer", "toyworld:22"):
+            with raises(InputError, "--data", "moved", "give the same"):
+                pretrain.main(args_for(pretrain, *flags, "--data", other, "--resume"))
     assert said.getvalue().count("other photos validate") == 2
 
 
