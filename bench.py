@@ -251,7 +251,7 @@ def loaders(root):
         return transform(read_pil(dataset.source, index))
 
     def photo(dataset, index):
-        return crop(Image.open(dataset.source.files[index]).convert("RGB"))
+        return crop(Image.open(dataset.source.file(index)).convert("RGB"))
     root, config = Path(root), Config()
     if not root.is_dir():
         raise data.InputError(f"--data {root}: no such folder")

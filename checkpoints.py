@@ -153,10 +153,9 @@ MEANING = "classes", "category_ids", "joints", "things", "kinds"
 def answer_names(dataset):
     """What the numbers of a network's answers mean, and a sum over the names of the photos that
     validate: kept in its checkpoint, compared by resume."""
-    photos = "".join(Path(p).name for p in paths_of(getattr(dataset, "source", None)))
-    found = {k: getattr(dataset, k, ()) for k in MEANING}
-    return {k: v if k == "things" else list(v) for k, v in found.items() if v} | {
-        "photos": zlib.crc32(photos.encode(errors="surrogateescape"))}
+    photos = "".join(path.name for path in paths_of(getattr(dataset, "source", None)))
+    return {k: v if k == "things" else list(v) for k in MEANING if (v := getattr(dataset, k, ()))} \
+        | {"photos": zlib.crc32(photos.encode(errors="surrogateescape"))}
 
 
 def compare(checkpoint, path, args, dataset):
@@ -222,11 +221,11 @@ def resume(args, model, optimizer, run, dataset):
 
 def save_checkpoint(args, model, optimizer, run, step, best, dataset, is_best=False,
                     ungraded=False):
-    """Rank 0 writes OUT/last.pt, from which a run resumes, and OUT/best.pt, without optimiser; inf
-    and NaN are a FloatingPointError. ungraded: a resumed run begins with this step's evaluation."""
+    """Rank 0 writes OUT/last.pt, to resume from, and OUT/best.pt, without optimiser; inf and NaN
+    are a FloatingPointError. ungraded: a resumed run begins with this step's evaluation."""
     if not all(p.isfinite().all() for p in model.parameters()):     # the same on all processes
-        raise FloatingPointError(f"a weight is not finite after step {step}: lower --lr; with "
-                                 "--resume the run goes on from its last checkpoint, if any")
+        raise FloatingPointError(f"a weight is not finite after step {step}: lower --lr; --resume "
+                                 "goes on from the last checkpoint, if any")
     if run.rank == 0:
         content = {"model": model.state_dict(), "step": step, "best": best, "preset": args.preset,
                    "config": asdict(model.glid.config), "args": vars(args), "due": ungraded,

@@ -119,8 +119,8 @@ def pixels(part, source, args):
 def bit_depths(source):
     """A note if 16-bit photos use only their lower bits, at most 14, as many cameras write them:
     they would be read as nearly black. Looks at 20 photos at most."""
-    paths, largest = paths_of(source), []
-    for path in paths[::-(-len(paths) // 20)] if paths else ():
+    largest = []
+    for path in paths_of(source, -(-len(source) // 20)):
         with contextlib.suppress(InputError), opened(path) as image:
             if image.mode.startswith("I"):
                 value = int(np.asarray(image).max())

@@ -820,14 +820,20 @@ def test_folders_of_photos():
         def opened(name):
             sets = data.open_pretraining(at / name, TINY)
             assert all(s[0, 0][0].shape == (3, 64, 64) for s in sets)
-            return [[f.relative_to(at / name).as_posix() for f in s.source.files] for s in sets]
+            return [[f.relative_to(at / name).as_posix() for f in files.paths_of(s.source)]
+                    for s in sets]
         for i in range(25):
             write_photo(at / "flat" / f"{i % 3}/{i:02d}.jpg")
         (at / "flat/notes.txt").write_text("no photo")
         train, val = opened("flat")
         assert (len(train), len(val)) == (23, 2) and len({*train, *val}) == 25
         sets = data.open_pretraining(at / "flat", TINY, ours=at / "flat/2")     # a run's pictures
-        assert {f.parent.name for s in sets for f in s.source.files} == {"0", "1"}
+        assert {f.parent.name for s in sets for f in files.paths_of(s.source)} == {"0", "1"}
+        tracemalloc.start()                                 # a path takes little memory
+        photos = data.Photos(at / f"train/n01440764/{i}.JPEG" for i in range(20_000))
+        taken = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert photos.file(17).name == "17.JPEG" and taken < 20_000 * 80, taken
         for n, (train, val, labels) in enumerate((
                 ("train/n/a.JPEG", "val/n/b.JPEG", ""), ("train/a.png", "validation/b.png", ""),
                 ("TRAIN/a.png", "Valid/b.png", ""), ("valid/b.png", "other/a.png", ""),

@@ -288,6 +288,11 @@ class Source:
         """Image ids, as the annotation files name them; without any, numbers."""
         return [r.get("id", k) for k, r in enumerate(self.records)]
 
+    @property
+    def paths(self):
+        """Where the photos are."""
+        return [r["photo"] for r in self.records]
+
     def labels(self, index):
         """Sample `index` without its photo."""
         return {k: torch.from_numpy(v) for k, v in self.read(self.records[index])[0].items()}
@@ -334,9 +339,9 @@ class Source:
         return part
 
 
-def paths_of(source):
-    """Paths of the photos of a source; none if they are drawn."""
-    return getattr(source, "files", None) or [r["photo"] for r in getattr(source, "records", ())]
+def paths_of(source, step=1):
+    """Path of every step-th photo of a source; none if they are drawn."""
+    return [Path(os.fsdecode(path)) for path in getattr(source, "paths", ())[::step]]
 
 
 def as_sample(tensors):
