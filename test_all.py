@@ -2304,6 +2304,15 @@ def test_orientations():
                 read(at / "hole.png")
 
 
+def test_few_pngs_are_decoded_to_look_for_exif():
+    """PIL decodes a PNG without EXIF in front of its pixels: 20 of a data set will do."""
+    with folder() as at:
+        path, looked = fill(at, {"0.png": PHOTO}) / "0.png", []
+        source = files.Source([dict(photo=path, size=PHOTO.shape[:2])] * 50, None)
+        with patched(files, orientation=lambda image: looked.append(image) or 1):
+            assert source.upright() and len(set(map(id, looked))) == 20
+
+
 def test_orientations_that_cannot_be_seen():
     """Photos on the side tell of those upside down whether labels were turned."""
     pixels = PHOTO.copy()
@@ -3124,8 +3133,9 @@ def test_segmentation_loop_does_what_it_says():
                        for images, tokens, targets in parts)
             return sum(losses.segmentation_loss(*found["semantic"], targets, (64, 64), count,
                                                 64)["loss"] / 2 for found, targets in answers)
-        train_by_hand(net, args, data.open_segmentation("toyworld:4", 64)[0],
-                      [(1 - step / 3) ** 0.9 for step in range(3)], loss_of)
+        norms, _ = train_by_hand(net, args, data.open_segmentation("toyworld:4", 64)[0],
+                                 [(1 - step / 3) ** 0.9 for step in range(3)], loss_of)
+        assert len(norms) == 3 and (norms > 0.5).any(), norms               # clipping took part
 
 
 def test_resume_is_exact():

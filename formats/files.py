@@ -314,8 +314,8 @@ class Source:
             told, records, late = Counter(), self.habit["records"], 0
             for record in records[::-(-len(records) // 1000)]:
                 with contextlib.suppress(InputError), opened(record["photo"]) as image:
-                    late += image.format == "PNG" and not EXIF & image.info.keys()
-                    if image.format == "PNG" and not EXIF & image.info.keys() and late > 20:
+                    plain = image.format == "PNG" and not EXIF & image.info.keys()
+                    if plain and (late := late + 1) > 20:
                         continue        # PIL would decode them all, to look behind their pixels
                     width, height = image.size
                     told["turned"] += orientation(image) > 1
