@@ -5,6 +5,7 @@ prints one line, and only a bug of ours prints a traceback.
 import contextlib
 import errno
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -29,7 +30,7 @@ def launch(main, args):
             stream.reconfigure(errors="backslashreplace")
     try:
         result = main(args)
-        if dist.is_initialized():
+        if joined():
             dist.destroy_process_group()
         return result
     except Stopped as stopped:
@@ -52,24 +53,35 @@ def launch(main, args):
     sys.exit(code)
 
 
+def joined():
+    """Whether this process is one of several. (Some builds of torch know no others.)"""
+    return dist.is_available() and dist.is_initialized()
+
+
 def explained(error):
     """What a RuntimeError or MemoryError means for the user; None if it may be a fault of ours."""
     text = str(error)
     first = text.strip().splitlines()[0] if text.strip() else ""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or "MPS backend out of memory" in text:
         return f"the GPU's memory is full ({first[:120]}); lower --batch-size or the sizes"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         return f"main memory is full ({first[:160]}); lower --batch-size, or take smaller photos"
-    if isinstance(error, NotImplementedError) and "MPS" in text:
+    if "MPS" in text:
         return f"Apple's GPU lacks an operation ({first[:120]}); --device cpu, or set " \
             "PYTORCH_ENABLE_MPS_FALLBACK=1"
+    if "no kernel image" in text:
+        return "this torch was not built for this GPU, see torch.cuda.get_arch_list(): install a " \
+            "build of torch that was, or take --device cpu"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"torch.compile failed ({first[:120]}); --no-compile goes on without"
     if "DataLoader worker" in text and ("killed" in text or "exited" in text):
         return f"a data process has ended ({first[:120]}); was memory full? Try --workers 0"
-    if dist.is_initialized() and ("gloo" in text or isinstance(error, dist.DistBackendError)):
+    if joined() and ("gloo" in text or isinstance(error, dist.DistBackendError)):
         last = text.strip().splitlines()[-1][:200]
         return f"the processes lost each other ({last}); if one has ended, its message says why"
+    if "RANK" in os.environ and not joined() and re.search("(?i)gloo|nccl|connect|timeout", text):
+        return f"torchrun: the processes cannot join ({first[:160]}); on several machines " \
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network between them, as eth0"
     return None
 
 

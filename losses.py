@@ -43,17 +43,16 @@ def hungarian(cost, counts, repeats=1):
     ties are broken arbitrarily but always in the same way, and so the identical queries of a fresh
     head (e_i = 0, Eq. 3) become different.
     """
-    for name, term in cost.items():
-        real = torch.arange(term.shape[-1], device=term.device) < torch.tensor(
-            counts, device=term.device)[:, None, None]
-        if not term.masked_fill(~real, 0).isfinite().all():
-            raise FloatingPointError(f"matching cost '{name}' is not finite: the network diverged; "
-                                     "lower --lr")
     total = sum(cost.values()).cpu().numpy()
     found = [np.zeros((4, 0), np.int64)]
     for layer, image in np.ndindex(total.shape[:2]):
         n = counts[image]
-        query, obj = linear_sum_assignment(np.tile(total[layer, image, :, :n], repeats))
+        real = total[layer, image, :, :n]
+        if not np.isfinite(real).all():
+            terms = (k for k, v in cost.items() if not v[layer, image, :, :n].isfinite().all())
+            raise FloatingPointError(f"matching cost '{next(terms, 'sum')}' is not finite: the "
+                                     "network diverged; lower --lr")
+        query, obj = linear_sum_assignment(np.tile(real, repeats))
         found.append(np.stack([np.full_like(query, layer), np.full_like(query, image), query,
                                obj % max(1, n)]))
     found = torch.from_numpy(np.concatenate(found, 1))      # [4, M]
@@ -142,9 +141,12 @@ def sample_points(maps, points):
 
 def sample_channels(maps, points):
     """maps [B, C, H, W] at points [B, P, 2] shared by the channels -> [B, C, P]."""
-    grid = 2 * points[:, None] - 1                                          # [B, 1, P, 2]
-    # "border": zeros outside would make every edge of the photo look undecided
-    return F.grid_sample(maps, grid, padding_mode="border", align_corners=False)[:, :, 0]
+    # Outside the middles of the outer pixels their values go on: zeros there would make every edge
+    # of the photo look undecided. Apple's GPUs lack padding_mode="border", which is the same
+    inside = [at.clamp(0.5 / size, 1 - 0.5 / size)
+              for at, size in zip(points.unbind(-1), (maps.shape[3], maps.shape[2]))]
+    grid = 2 * torch.stack(inside, -1)[:, None] - 1                         # [B, 1, P, 2]
+    return F.grid_sample(maps, grid, align_corners=False)[:, :, 0]
 
 
 def pairwise_mask_cost(logits, masks):

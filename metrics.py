@@ -82,38 +82,36 @@ class MeanIoU:
 # ---- Depth ----------------------------------------------------------------------------------
 class DepthErrors:
     """The NYU protocol: errors per image over its pixels with min_depth < target < max_depth, then
-    the mean over images, however many pixels each has. SILog is sqrt(mean g^2 - mean(g)^2), the
-    standard deviation of g = log prediction - log target."""
+    the mean over images, however many pixels each has. An image without such a pixel is left out.
+    """
 
-    NAMES = ("delta1", "delta2", "delta3", "REL", "RMSE", "log10", "SILog")
+    NAMES = ("delta1", "delta2", "delta3", "REL", "RMSE", "log10")
 
     def __init__(self, min_depth, max_depth):
         self.min_depth, self.max_depth = min_depth, max_depth
-        self.rows, self.skipped = [], 0  # [7] per image as NAMES; images with no valid pixel
+        self.rows = []  # [6] per image as NAMES
 
     def update(self, prediction, target, valid=True):
         """prediction, target [H, W] metres; valid [H, W] bool, e.g. the Eigen crop."""
         prediction, target = same_shape(prediction, target)
         inside = (target > self.min_depth) & (target < self.max_depth) & np.asarray(valid, bool)
         if not inside.any():
-            self.skipped += 1
             return
         p, t = prediction[inside].astype(np.float64), target[inside].astype(np.float64)
         require(not np.isnan(p).any(), "the predicted depth holds NaN")  # clip would not object
         p = p.clip(self.min_depth, self.max_depth)  # as BinsFormer and AdaBins before scoring
-        ratio, log_error = np.maximum(p / t, t / p), np.log(p) - np.log(t)
+        ratio = np.maximum(p / t, t / p)
         self.rows.append(np.array([(ratio < 1.25**k).mean() for k in (1, 2, 3)] + [
             (np.abs(p - t) / t).mean(), np.sqrt(((p - t) ** 2).mean()),
-            np.abs(log_error).mean() / math.log(10), 100 * log_error.std()]))
+            np.abs(np.log10(p) - np.log10(t)).mean()]))
 
     def merge(self, other):
-        self.rows, self.skipped = self.rows + other.rows, self.skipped + other.skipped
+        self.rows = self.rows + other.rows
 
     def result(self):
-        """delta1..3, REL, RMSE (metres), log10, SILog (x100); images used, images skipped."""
+        """delta1..3, REL, RMSE (metres), log10; the number of images."""
         means = [math.fsum(column) / len(self.rows) for column in zip(*self.rows)]
-        return dict(zip(self.NAMES, means or [math.nan] * len(self.NAMES)),
-                    images=len(self.rows), skipped=self.skipped)
+        return dict(zip(self.NAMES, means or [math.nan] * len(self.NAMES)), images=len(self.rows))
 
 
 # ---- COCO average precision: three overlaps, one engine -------------------------------------

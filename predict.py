@@ -99,8 +99,9 @@ class Model:
         self.detector = self.persons = None
         if detector:
             self.use(detector, device)
-        # a GPU works best on several photos; on a CPU they would only take memory
-        self.batch_size = 8 if where.type == "cuda" else 1
+        # a GPU works best on several photos; on a CPU they would only take memory, as those of
+        # depth on any device, which keep their sizes
+        self.batch_size = 8 if where.type == "cuda" and self.task != "depth" else 1
 
     def use(self, path, device):
         """Let a detection checkpoint find the persons; InputError if it cannot."""

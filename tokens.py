@@ -130,13 +130,13 @@ class Layout:
         row = self.rows[:, first:first + k * k].long().gather(1, near)
         place = (row * w * w + yx[..., 0] % w * w + yx[..., 1] % w).view(-1)        # [T]
         token = place.new_zeros(rows * w * w)
-        token.index_copy_(0, place, torch.arange(len(place), device=place.device))
+        token.index_put_((place,), torch.arange(len(place), device=place.device))
         owner = None
         if mixed:
             wide = max(self.grid_units) * side // w + 2     # windows along any axis, or more
             number = (image * wide + window[..., 0]) * wide + window[..., 1]    # of the batch's
             owner = place.new_full((rows * w * w,), -1)
-            owner = owner.index_copy_(0, place, number.view(-1)).view(rows, w * w)
+            owner = owner.index_put_((place,), number.view(-1)).view(rows, w * w)
         return Windows(token, place, owner, image.reshape(-1), self.batch)
 
     def grid(self, stage):
@@ -233,7 +233,7 @@ def sine_position(yx, dim, temperature=10000):
 def scatter(x, shape, place):
     """Packed [T, C] -> [*shape, C], token t at place[t], zeros elsewhere."""
     out = x.new_zeros(math.prod(shape), x.shape[1])
-    return out.index_copy_(0, place, x).view(*shape, x.shape[1])
+    return out.index_put_((place,), x).view(*shape, x.shape[1])
 
 
 class Spread(torch.autograd.Function):

@@ -27,7 +27,7 @@ def draw_scenes(seed, size, keys, indexes, what):
     tensors: a data process that is not forked gets them through a pipe, and each of thousands of
     tensors would be an open file."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 61)    # Windows allows no more
     draw = partial(toy_row, seed, size, keys)
     bar = partial(tqdm, total=len(indexes), desc=f"drawing ToyWorld {what}", leave=False,
                   disable=None)

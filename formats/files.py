@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import sys
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,15 @@ def note(message):
         print(message, file=sys.stderr, flush=True)
 
 
+def replace_at_last(temporary, path):
+    """os.replace, as soon as no other program has `path` open, which Windows forbids."""
+    for pause in (0.02, 0.1, 0.5, 2):
+        with contextlib.suppress(PermissionError):
+            return os.replace(temporary, path)
+        time.sleep(pause)
+    os.replace(temporary, path)
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Within the block, the path of a temporary file, which then takes the place of `path`: that
@@ -52,7 +62,7 @@ def replacing(path):
     temporary = Path(f"{path}.tmp")
     try:
         yield temporary
-        os.replace(temporary, path)
+        (replace_at_last if os.name == "nt" else os.replace)(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
