@@ -9,7 +9,8 @@ The paper's recipe (600 epochs of ImageNet, 192 px, total batch 2048), 8 GPUs, t
     torchrun --nproc_per_node=8 pretrain.py --data imagenet/ --out out/base --accumulate 4
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 \\
         pretrain.py --data imagenet/ --out out/base
-The total batch is processes x --batch-size x --accumulate; keep it at 2048 on fewer devices.
+The total batch is processes x --batch-size x --accumulate; keep it at 2048 on fewer devices. All
+nodes must see OUT, on a disk that they share.
 
 OUT holds last.pt (resume), best.pt (fine-tune), log.jsonl and samples/*.png: input, what the
 encoder saw, reconstruction.
@@ -176,7 +177,7 @@ def main(args):
     # gradients get memory that lasts: a CUDA graph overwrites its own memory in the next pass
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    # with a budget for the rows of attention all batches have the same shapes
+    # with a budget for the rows of attention (packing.enough) all batches have the same shapes
     budget, level = train.row_budget(config, args.batch_size), 0
     collate = partial(collate_pretraining, budget=budget)
     loader = batching.training_loader(train, args, run, step, steps, collate, config)

@@ -9,7 +9,7 @@ fit() {                                         # fit NAME SCRIPT FLAGS...
     name=$1 script=$2
     shift 2
     python "$script" --preset tiny --data toyworld:8 --overfit --batch-size 8 --workers 0 \
-        --out "out/overfit/$name" "$@" | tail -n 1
+        --out "out/overfit/$name" "$@" | tail -n 2 | head -n 1          # the last says how to ask
 }
 if [ -z "$data" ]; then
     fit detection finetune_det.py --steps 800 --eval-every 400
