@@ -202,7 +202,7 @@ def main(args):
     survey(args, train, val, run)
     graded(val[(0, 0)]["depth"].shape, args)            # complain before the training, not after
     model = build(args, run)
-    scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
+    scales = training.finetune_scales(args)
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
     step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)

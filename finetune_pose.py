@@ -169,7 +169,7 @@ def main(args):
                            not args.no_flip, on_error=args.on_error)
     survey(args, train, val, run)
     model = build(args, len(train.joints), run)
-    scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
+    scales = training.finetune_scales(args)
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
     boxes = f"boxes of {args.boxes}" if args.boxes else "true boxes"    # a detector's AP is lower

@@ -376,7 +376,7 @@ def main(args):
                                    ignore_label=args.ignore_label, first_label=args.first_label)
     survey(args, train, val, run)
     model = build(args, train, run)
-    scales = [("offsets", args.query_lr), ("backbone", args.backbone_lr)]
+    scales = training.finetune_scales(args)
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay, scales),
                                   fused=True)
     step, best, ungraded = checkpoints.resume(args, model, optimizer, run, val)

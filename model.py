@@ -491,10 +491,11 @@ class Detector(nn.Module):
         self.offsets = nn.Parameter(torch.zeros(sum(self.groups), config.dim))      # e_i of Eq. 3
         self.classify = nn.Linear(config.dim, num_classes)
         self.box = nn.Linear(config.dim, 4)
-        self.classify.apply(_init)
-        self.box.apply(_init)
-        # at the start every class has probability 0.01 (focal loss's prior): 1800 x K answers are
-        # "no", and their sum would drown the few that are "yes"
+        # Both start at zero, as Deformable DETR's boxes: what random weights cost, and how much one
+        # seed differs from another, see docs/results.md. Every class has probability 0.01 (focal
+        # loss's prior), or the sum of 1800 x K answers that are "no" would drown the "yes"
+        for weight in (self.classify.weight, self.box.weight, self.box.bias):
+            nn.init.zeros_(weight)
         nn.init.constant_(self.classify.bias, -math.log(99))
 
     def forward(self, images, layout, train=False):

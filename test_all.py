@@ -1022,7 +1022,10 @@ def test_detection_loss_equals_loops():
 
 def detector():
     torch.manual_seed(0)
-    return apart(M.Detector(TINY, 3, one_to_one=6, one_to_many=12))
+    net = apart(M.Detector(TINY, 3, one_to_one=6, one_to_many=12))
+    for head in (net.classify, net.box):                    # zero at first: all answers are equal
+        torch.nn.init.xavier_uniform_(head.weight)
+    return net
 
 
 def test_detection_groups_do_not_see_each_other():
@@ -1041,7 +1044,10 @@ def test_detection_groups_do_not_see_each_other():
             assert (after - before[0])[:, :, others].abs().max() > 1e-3
     fresh = M.Detector(TINY, 5)
     assert not fresh.offsets.any() and fresh.offsets.shape == (1800, 64)
-    assert_close(fresh.classify.bias.sigmoid(), torch.full((5,), 0.01), 1e-5)
+    with torch.no_grad():
+        logits, boxes = fresh(images, whole(TINY, images))
+    assert_close(logits.sigmoid(), torch.full_like(logits, 0.01), 1e-5)
+    assert (boxes == 0.5).all()                             # whatever the seed
 
 
 def test_every_parameter_learns_in_detection():
@@ -1143,7 +1149,8 @@ def train_by_hand(net, args, train, scales, loss_of):
     losses and rates must be those that the script left in args.out. -> gradient norms, the log."""
     state, rows = training.Run(torch.device("cpu")), []
     checkpoints.load_parts(net.glid, args.init, checkpoints.PARTS, state)
-    groups = training.param_groups(net, args.weight_decay, [("offsets", 50.0), ("backbone", 0.1)])
+    groups = training.param_groups(net, args.weight_decay, [
+        ("offsets", 50.0), ("backbone", 0.1), ("glid.", 1.0), ("", 3.0)])
     optimizer = torch.optim.AdamW(groups, fused=True)
     order = iter(batching.Batches(len(train), args, state, 0, len(scales)))
     for step, scale in enumerate(scales):
@@ -1168,8 +1175,8 @@ def args_by_hand(script, at, *flags):
     torch.manual_seed(1)
     torch.save({"model": noisy(Pretrainer(TINY)).state_dict(), "config": {}}, at / "pre.pt")
     return args_for(script, "--accumulate", 2, "--workers", 0, "--save-every", 1, "--lr", 1e-3,
-                    "--query-lr", 50, "--backbone-lr", 0.1, "--init", at / "pre.pt", "--out",
-                    at / "run", *flags)
+                    "--query-lr", 50, "--backbone-lr", 0.1, "--head-lr", 3, "--init",
+                    at / "pre.pt", "--out", at / "run", *flags)
 
 
 def test_detection_loop_does_what_it_says():
@@ -2905,12 +2912,14 @@ def test_schedules():
 def test_parameter_groups():
     """Every parameter once; no decay on vectors, tokens, bias tables and e_i; scales by name."""
     net = Segmenter(TINY, {"semantic": 6}, {"semantic": 3})
-    groups = training.param_groups(net, 0.05, [("offsets", 10.0), ("backbone", 0.1)])
+    groups = training.param_groups(net, 0.05, training.finetune_scales(args_for(
+        finetune_seg, "--query-lr", 10, "--backbone-lr", 0.1, "--head-lr", 5)))
     place = {id(p): g for g in groups for p in g["params"]}
     assert len(place) == sum(len(g["params"]) for g in groups) == len(list(net.parameters()))
     for name, p in net.named_parameters():
         g = place[id(p)]
-        assert g["scale"] == (10 if "offsets" in name else 0.1 if "backbone" in name else 1)
+        assert g["scale"] == (10 if "offsets" in name else 0.1 if "backbone" in name else
+                              1 if "glid" in name else 5), name
         matrix = name.endswith("weight") and p.ndim > 1
         assert g["weight_decay"] == (0.05 if matrix else 0), name
     optimizer = torch.optim.AdamW(groups)

@@ -135,6 +135,8 @@ def add_finetune_flags(parser):
           "SimMIM's")
     optimiser("--backbone-lr", type=number(float, 0), help="backbone's lr as a multiple of --lr")
     optimiser("--query-lr", type=number(float, 0), default=1.0, help="e_i's lr, a multiple of --lr")
+    optimiser("--head-lr", type=number(float, 0), default=1.0, help="linear heads' lr, a multiple "
+              "of --lr")
 
 
 def parse(parser, presets, argv=None):
@@ -526,6 +528,13 @@ def param_groups(model, weight_decay, scales=()):
                                   {"params": [], "scale": scale, "weight_decay": decay})
         group["params"].append(p)
     return list(groups.values())
+
+
+def finetune_scales(args):
+    """Multipliers of --lr for param_groups: of the e_i, of the backbone, of what else is inherited,
+    and of the rest, which is the linear heads."""
+    return [("offsets", args.query_lr), ("backbone", args.backbone_lr), ("glid.", 1.0),
+            ("", args.head_lr)]
 
 
 def cosine(step, total, warmup):
