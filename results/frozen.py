@@ -48,7 +48,7 @@ def main(words):
         for task in tasks.split(","):
             for row, frozen in ((r, f) for r in reproduce.PARTS[2:] for f in (True, False)):
                 found = dict(start=start, task=task, seed=seed, load=row.load, frozen=frozen)
-                found |= dict(metric=reproduce.TASKS[task][2],
+                found |= dict(commit=reproduce.commit(), metric=reproduce.TASKS[task][2],
                               values=graded(start, row, task, seed, frozen))
                 with open(LOG, "a", encoding="utf-8") as file:
                     file.write(json.dumps(found) + "\n")
