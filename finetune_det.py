@@ -29,8 +29,8 @@ from survey import survey
 
 PRESETS = {
     # two CPU cores, three minutes. No scene has more than 8 objects: with few queries each
-    # is matched often. See finetune_seg.py for the learning rate of the e_i; the heads', 15 times
-    # --lr, tripled AP in as many steps (docs/results.md)
+    # is matched often. See finetune_seg.py for the learning rate of the e_i. The heads start at
+    # zero and so need speed, too (docs/results.md)
     "tiny": dict(data="toyworld:1024", steps=1300, size=64, batch_size=8, queries=12,
                  many_queries=48, lr=1e-3, backbone_lr=1.0, query_lr=30.0, head_lr=15.0,
                  drop_path=0.0, workers=1, eval_every=650),

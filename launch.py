@@ -66,7 +66,7 @@ def explained(error):
         return f"the GPU's memory is full ({first[:120]}); lower --batch-size or the sizes"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         return f"main memory is full ({first[:160]}); lower --batch-size, or take smaller photos"
-    if "MPS" in text:
+    if re.search("for the MPS device|MPS: Unsupported", text):
         return f"Apple's GPU lacks an operation ({first[:120]}); --device cpu, or set " \
             "PYTORCH_ENABLE_MPS_FALLBACK=1"
     if "no kernel image" in text:

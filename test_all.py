@@ -3795,7 +3795,9 @@ def test_what_ends_a_run_is_told():
              "not built for this GPU")):
         found, said = ended(fail, error)
         assert found == code and words in said and said.count("\n") == 1, (error, found, said)
-    for error in (RuntimeError("shapes differ"), NotImplementedError("ours")):
+    for error in (RuntimeError("shapes differ"), NotImplementedError("ours"),
+                  RuntimeError("CUDA error: MPS client failed to connect"),
+                  RuntimeError("Placeholder storage has not been allocated on MPS device!")):
         with raises(type(error), str(error)):
             ended(fail, error)
     lost = torch.distributed.DistBackendError("NCCL error in x.cpp\nLast error:\nno /dev/shm left")

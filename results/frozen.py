@@ -34,7 +34,7 @@ def graded(start, row, task, seed, frozen):
     args = training.parse(script.flags(), script.PRESETS, [*words, "--out", str(out)])
     groups, more = training.param_groups, [("decoder.", 0.0)] * frozen  # and no weight decay then
     with mock.patch.object(training, "param_groups", lambda model, decay, scales: groups(
-            model, decay, [*scales, *more])):
+            model, decay, [*more, *scales])):
         script.main(args)
     lines = map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines())
     return [line[reproduce.TASKS[task][2]] for line in lines if "lr" not in line]
