@@ -231,9 +231,10 @@ def sine_position(yx, dim, temperature=10000):
 
 
 def scatter(x, shape, place):
-    """Packed [T, C] -> [*shape, C], token t at place[t], zeros elsewhere."""
+    """Packed [T, C] -> [*shape, C], token t at place[t], else zeros. MPS lacks index_copy_."""
     out = x.new_zeros(math.prod(shape), x.shape[1])
-    return out.index_put_((place,), x).view(*shape, x.shape[1])
+    out = out.index_put_((place,), x) if x.is_mps else out.index_copy_(0, place, x)
+    return out.view(*shape, x.shape[1])
 
 
 class Spread(torch.autograd.Function):
