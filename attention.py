@@ -60,7 +60,7 @@ def attention(model, photo, answer, queries=None):
 
 
 def rows(model, small, photo, answer, asked, queries):
-    """attention for one task; small: the photo as it is shown; asked: Segmenter's, or None."""
+    """attention() for one task. small: the photo as it is shown; asked: Segmenter's, or None."""
     net, device, config = model.network, model.run.device, model.network.glid.config
     if model.task == "pose":
         box = answer["boxes"][:1].numpy() if len(answer["boxes"]) else [
@@ -106,7 +106,7 @@ def said_by(model, raw, layout, small):
     enlarged = lambda m: at_original(m[None].float(), size, patch, original)[0].cpu()
     if model.task == "pretraining":
         error = -((raw[0] - raw[1]).float() ** 2).mean(-1)[0].cpu()
-        unit, where = model.network.glid.config.unit, layout.hidden[:, 1:].cpu()
+        unit, where = model.network.glid.config.unit, layout.hidden_units[:, 1:].cpu()
         box = torch.cat([where.flip(1), where.flip(1) + 1], 1) * unit
         return SimpleNamespace(
             sure=error, name=lambda q: f"query {q}: hidden unit",

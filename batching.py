@@ -243,7 +243,7 @@ class Skipping:
         epoch, index = at
         for i in chain(range(index, len(self)), range(index)):
             try:
-                # the sum of the two is kept, which chooses the sample's task (data.Segmentation)
+                # epoch + index stays what it was: it decides the sample's task, data.Segmentation
                 return self.dataset[epoch + index - i, i]
             except InputError as error:
                 if not self.broken[i]:

@@ -144,7 +144,9 @@ CHANGEABLE = {"resume", "eval", "check", "workers", "out", "compile", "device", 
         "eval_every", "batch_size", "accumulate", "steps", "epochs", "lr", "on_error"}
 # flags that decide what the weights mean: they must not change with --eval either
 ANSWERS = {"preset", "window", "decoder_layers", "tasks", "queries", "many_queries", "min_depth",
-           "max_depth", "norm_pix", "sigma"}
+           "max_depth", "norm_pix", "sigma", "no_flip", "flip_pairs"}
+# flags that change the grades of the same weights; --eval says so
+GRADES = "size", "crop", "object_threshold", "overlap_threshold"
 
 
 MEANING = "classes", "category_ids", "joints", "things", "kinds"
@@ -169,8 +171,8 @@ def compare(checkpoint, path, args, dataset):
     if changed:
         key, flag = changed[0], changed[0].replace("_", "-")
         if key not in then:
-            raise InputError(f"--out {path}: was made by another script, without --{flag}; give "
-                             "another --out")
+            raise InputError(f"--out {path}: was made by another script, or an older version "
+                             f"of this one, without --{flag}; give another --out")
         raise InputError(f"--out {path}: was made with --{flag} {then[key]}, not {now[key]}; give "
                          "the same, or another --out")
     for key, value in answers.items():
@@ -206,17 +208,18 @@ def resume(args, model, optimizer, run, dataset):
                          f"{checkpoint['preset']} ({str(error).splitlines()[0]})") from None
     run.print0(f"{path}: step {checkpoint['step']}, trained on {checkpoint['args']['data']}")
     images = run.total_batch(args)
-    was = checkpoint.get("total_batch", images)
+    was = checkpoint["total_batch"]
     if was != images and not args.eval:
         if not args.steps:                  # the step, counted anew, would be at another epoch
             raise InputError(f"--batch-size {args.batch_size}: a step of {path} has {was} images, "
                              f"not {images}; keep --batch-size x --accumulate x processes = {was}")
         run.print0(f"{images} images a step now, {was} before")
-    for key in ("steps", "epochs", "lr"):
+    for key in GRADES if args.eval else ("steps", "epochs", "lr"):
         was, now = checkpoint["args"].get(key), getattr(args, key, None)
-        if not args.eval and was != now:
-            run.print0(f"--{key} {now or 'not given'} now, {was or 'not given'} before")
-    return checkpoint["step"], checkpoint["best"], checkpoint.get("due", False)
+        if was != now:
+            run.print0(f"--{key.replace('_', '-')} {now or 'not given'} now, "
+                       f"{was or 'not given'} before")
+    return checkpoint["step"], checkpoint["best"], checkpoint["due"]
 
 
 def save_checkpoint(args, model, optimizer, run, step, best, dataset, is_best=False,

@@ -1,7 +1,7 @@
 """
 Curves of one or several runs, finished or still going on: loss and metrics over the steps.
 
-    python curves.py out/scratch out/pretrained --out out/curves.png
+    python curves.py out/detection-scratch out/detection --out out/curves.png
     python curves.py out/all/log.jsonl --metric mIoU,PQ
 
 RUN is a folder with a log.jsonl, or that file. There is a panel for the loss and one for each

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision import tv_tensors
+from torchvision.ops import box_convert
 from torchvision.transforms import InterpolationMode, v2
 
 from formats.drawn import ToyWorld, toy_scenes
@@ -144,7 +145,8 @@ class Pretraining:
     def __init__(self, source, train, size, unit, mask, ratio, seed):
         self.source, self.size, self.seed, self.train = source, size, seed, train
         self.mask = (mask, size // unit, ratio)
-        self.random_crop = v2.RandomResizedCrop(size, scale=(0.2, 1))       # MAE's, the paper says
+        # [paper] follows MAE, whose crops cover 20 to 100 % of the photo
+        self.random_crop = v2.RandomResizedCrop(size, scale=(0.2, 1))
 
     def __len__(self):
         return len(self.source)
@@ -178,14 +180,16 @@ class Pretraining:
         return (height - side) // 2, (width - side) // 2, side, side
 
 
-def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="stop", ours=None):
+def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="stop", ours=None,
+                     grading=False):
     """(training set, validation set) of Pretraining samples.
 
     path: see toy_scenes, or a folder with train/ and val/ inside (ImageNet's format), or any
     folder of photos, of which every 20th in path order is then kept for validation. Where labels
     lie beside a folder images/, or depth maps beside rgb/, only images/ or rgb/ is read.
     on_error "skip": all validation photos are read once, and unreadable ones are left out.
-    config: model.Config; ours: see list_images. InputError if size, mask or folder do not fit.
+    config: model.Config; ours: see list_images; grading: see open_folder. InputError if size, mask
+    or folder do not fit.
     """
     side = config.image_size // config.unit
     if config.image_size % config.unit:
@@ -202,7 +206,7 @@ def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="
         sources = [ToyWorld(split, n, config.image_size, world)
                    for split, n in (("train", train), ("val", val))]
     else:
-        train, val = photo_folders(Path(path))
+        train, val = photo_folders(Path(path), grading)
         files = list_images(train, ours=ours)
         sources = [Photos(files), Photos(list_images(val, ours=ours))] if val else hold_out(
             files[0].parent, Photos(files))
@@ -354,7 +358,8 @@ class Segmentation:
 
     Training: image uint8 [3, H, W], task, labels int64 [N], masks bool [N, H, W] as find_objects
               returns them, but no crowds, and nothing of what the crop has cut off completely.
-    Test:     image as the network gets it, index, every annotation at its original (H0, W0).
+    Test:     image as the network gets it, index, original = (H0, W0) of the photo, at which every
+              annotation is.
 
     Samples of several tasks take turns: index i belongs to task (epoch + i) mod T, so that over T
     epochs every image is seen once with every task. Batches(kinds=T) mixes them evenly.
@@ -437,8 +442,8 @@ class Detection:
 
     Training: image uint8 [3, H, W], labels int64 [N], boxes float [N, 4] = centre x, y, width,
               height in 0..1 of the image; no crowds, and no boxes that a crop left without area.
-    Test:     image as the network gets it; size int64 [2], height and width of the photo; index;
-              labels as above; boxes x1 y1 x2 y2 in the photo's pixels; area and iscrowd if known.
+    Test:     image as the network gets it; index; original = (H0, W0) of the photo; labels;
+              x1 y1 x2 y2 in the photo's pixels; area and iscrowd if known.
     source: one of open_sources; size: px, see detection_transform.
     """
 
@@ -456,23 +461,22 @@ class Detection:
         sample = dict(self.source[index])
         sample["labels"] = sample.pop("classes")
         if not self.train:
-            size = torch.tensor(sample["image"].shape[-2:])
-            return sample | {"image": self.transform(sample["image"]), "size": size,
-                             "index": torch.tensor(index)}
+            return sample | {"image": self.transform(sample["image"]), "index": index,
+                             "original": sample["image"].shape[-2:]}
         sample = v2.ClampBoundingBoxes()(sample)            # outlines may leave the photo a little
         with seeded(self.seed, epoch, index):
             sample = self.transform(sample)
         height, width = sample["image"].shape[-2:]
         boxes = sample["boxes"].as_subclass(torch.Tensor)
         boxes = boxes / torch.tensor([width, height, width, height])
-        boxes = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
+        boxes = box_convert(boxes, "xyxy", "cxcywh")
         keep = (boxes[:, 2:] > 0).all(1)
         if "iscrowd" in sample:
             keep &= ~sample["iscrowd"].bool()
         return {"image": sample["image"], "labels": sample["labels"][keep], "boxes": boxes[keep]}
 
 
-def open_detection(path, size, fraction=1.0, overfit=False, seed=0, flip=True, **reading):
+def open_detection(path, size, fraction=1.0, seed=0, overfit=False, flip=True, **reading):
     """(training set, validation set) of Detection samples; see open_sources."""
     sources = open_sources(path, size, ["boxes", "classes", "area"], fraction, overfit, **reading)
     return [Detection(s, train, train and not overfit, size, seed, flip)

@@ -7,6 +7,7 @@ by a whole factor to at most `room` px, so that names fit on them; on large ones
 grow. Pixels outside the objects and their labels stay those of the (enlarged) photo.
 """
 import math
+import os
 from functools import cache
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def canvas(photo, room=ROOM):
 def save(image, path):
     """Write a PNG as a whole or not at all, and the folders above it."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(path, f".{os.getpid()}") as temporary:     # two --eval may run in one folder
         image.save(temporary, format="PNG", compress_level=1)
 
 
@@ -71,6 +72,14 @@ def beside(images, gap=0):
     for image in images:
         row.paste(image, (left, 0))
         left += image.width + gap
+    return row
+
+
+def sample(images):
+    """PIL images in a row, each at most ROOM px wide and high: a camera's photos would make
+    pictures of gigabytes."""
+    row = beside(images)
+    row.thumbnail((ROOM * len(images), ROOM), Image.BICUBIC)
     return row
 
 
@@ -240,7 +249,7 @@ def panoptic(photo, ids, classes, names, things, room=ROOM):
     objects, colours = 0, []
     for i in listed:
         thing = classes[i] < things
-        colours.append(HUES[objects % 7] if thing else palette()[classes[i]] * 0.6)
+        colours.append(HUES[objects % 7] if thing else np.array(colour_of(classes[i])) * 0.6)
         objects += thing
     colours = np.array(colours).reshape(-1, 3).astype(np.uint8).tolist()
     return regions(photo, numbers, colours, [names[classes[i]] for i in listed], room)

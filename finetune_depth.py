@@ -2,7 +2,7 @@
 Stage 2: depth from one photo with the whole pre-trained GLID; M queries ask for M bins of depth.
 
     python finetune_depth.py --preset tiny --init out/pretrain/best.pt      with pre-training
-    python finetune_depth.py --preset tiny --out out/scratch                from scratch
+    python finetune_depth.py --preset tiny --out out/depth-scratch          from scratch
     python finetune_depth.py --preset tiny --data toyworld:8 --batch-size 8 --overfit --out out/fit
 Defaults are the paper's recipe (38.4 k steps of 16 images, 64 queries, 8 processes):
     torchrun --nproc_per_node=8 finetune_depth.py --data nyu/ --eigen-crop --init out/base/best.pt
@@ -130,16 +130,15 @@ def evaluate(model, dataset, args, run, path=None):
     for batch in loader:
         images, layout, targets = batch.to("cpu")
         truths, sizes = [t["depth"] for t in targets], layout.sizes.tolist()
-        # where training mirrors no photo, the answer does not average with a mirror image's
-        mirror = not (args.overfit or args.no_flip)
-        found = predict(model, images, layout, [t.shape for t in truths], run, mirror)
+        found = predict(model, images, layout, [t.shape for t in truths], run,
+                        training.flip_test(args))
         for image, size, truth, guess in zip(images, sizes, truths, found):
             metric.update(guess.numpy(), truth.numpy(), graded(truth.shape, args))
             if len(rows) < 8 and path and run.rank == 0:
                 low, high = draw.depth_range(truth)         # one scale for truth and prediction
                 shown = (image[:, :size[0], :size[1]], draw.depth_map(truth, low, high),
                          draw.depth_map(guess, low, high))
-                rows.append(draw.beside([draw.canvas(x, draw.SAMPLE)[0] for x in shown]))
+                rows.append(draw.sample([draw.canvas(x, draw.SAMPLE)[0] for x in shown]))
     model.train()
     if rows:
         draw.save(draw.below(rows), path)
@@ -196,7 +195,8 @@ def main(args):
     """Train; returns the errors of the best checkpoint, see evaluate, and "step"."""
     run = training.start(args)
     train, val = open_depth(args.data, *args.crop, args.data_fraction, args.seed, args.overfit,
-                            not args.no_flip, on_error=args.on_error, depth_scale=args.depth_scale)
+                            not args.no_flip, on_error=args.on_error,
+                            depth_scale=args.depth_scale, grading=args.eval)
     if run.rank == 0:
         run.print0(spread(train.source, args))
     survey(args, train, val, run)

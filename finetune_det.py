@@ -2,7 +2,7 @@
 Stage 2: object detection with the whole pre-trained GLID, two linear heads and zero offsets e_i.
 
     python finetune_det.py --preset tiny --init out/pretrain/best.pt        with pre-training
-    python finetune_det.py --preset tiny --out out/scratch                  from scratch
+    python finetune_det.py --preset tiny --out out/detection-scratch        from scratch
 Defaults are H-DETR's recipe for COCO (50 epochs of 16 images at 800 px, 300 one-to-one and 1500
 one-to-many queries, 8 processes):
     torchrun --nproc_per_node=8 finetune_det.py --data coco/ --init out/base/best.pt
@@ -37,7 +37,7 @@ PRESETS = {
     "small": dict(backbone_lr=1.0, drop_path=0.1),
     "large": dict(drop_path=0.5),                   # H-DETR's for Swin-L
 }
-HEADLINE = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+REPORTED = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
 
 def flags():
@@ -96,14 +96,14 @@ def evaluate(model, dataset, args, run, path=None):
     ids = dataset.source.ids
     for batch in loader:
         images, layout, targets = batch.to("cpu")
-        originals = [t["size"].tolist() for t in targets]
+        originals = [t["original"] for t in targets]
         found = predict(model, images, layout, originals, run)
         for truth, guess in zip(targets, found):
             metric.update(ids[truth["index"]], {k: v.numpy() for k, v in guess.items()},
-                          {k: truth[k].numpy() for k in truth.keys() - {"index", "size"}})
+                          {k: truth[k].numpy() for k in truth.keys() - {"index", "original"}})
             if len(rows) < 8 and path and run.rank == 0:
                 photo = dataset.source[truth["index"]]["image"]
-                rows.append(drawn(photo, truth, guess, dataset.classes))
+                rows.append(examples(photo, truth, guess, dataset.classes))
     model.train()
     if rows:
         draw.save(draw.below(rows), path)
@@ -113,12 +113,12 @@ def evaluate(model, dataset, args, run, path=None):
     return result
 
 
-def drawn(photo, truth, guess, classes, threshold=0.3):
+def examples(photo, truth, guess, classes, threshold=0.3):
     """The photo with the true boxes, and with those predicted above the threshold: PIL image."""
     sure = guess["scores"] > threshold
     found = guess["boxes"][sure], guess["labels"][sure]
     texts = [classes[k] for k in truth["labels"]], [classes[k] for k in found[1]]
-    return draw.beside([draw.boxes(photo, truth["boxes"], truth["labels"], texts[0], draw.SAMPLE),
+    return draw.sample([draw.boxes(photo, truth["boxes"], truth["labels"], texts[0], draw.SAMPLE),
                         draw.boxes(photo, *found, texts[1], draw.SAMPLE)])
 
 
@@ -133,7 +133,7 @@ def build(args, classes, run):
 def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
     """Evaluate, draw, save. Returns the best AP so far."""
     result = evaluate(model, val, args, run, Path(args.out, "samples", f"{step:06d}.png"))
-    log.write(step=step, **{k: result[k] for k in HEADLINE})
+    log.write(step=step, **{k: result[k] for k in REPORTED})
     is_best = best is None or result["AP"] >= best
     best = result["AP"] if is_best else best
     checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val, is_best)
@@ -152,8 +152,8 @@ def group_losses(class_logits, boxes, targets, objects, args):
 def main(args):
     """Train; returns {"AP": best box AP, "step": steps done}."""
     run = training.start(args)
-    train, val = open_detection(args.data, args.size, args.data_fraction, args.overfit, args.seed,
-                                not args.no_flip, on_error=args.on_error)
+    train, val = open_detection(args.data, args.size, args.data_fraction, args.seed, args.overfit,
+                                not args.no_flip, on_error=args.on_error, grading=args.eval)
     survey(args, train, val, run)
     model = build(args, train.classes, run)
     scales = training.finetune_scales(args)
@@ -163,7 +163,7 @@ def main(args):
     steps = batching.schedule(len(train), args, run)
     if args.eval or (step >= steps and not ungraded):
         result = evaluate(model, val, args, run, training.eval_picture(args, run))
-        run.print0("box " + ", ".join(f"{k} {training.percent(result[k])}" for k in HEADLINE)
+        run.print0("box " + ", ".join(f"{k} {training.percent(result[k])}" for k in REPORTED)
                    + f" of {len(val)} images, step {step}")
         return {"AP": result["AP"], "step": step}
     total_batch = run.total_batch(args)

@@ -2,8 +2,9 @@
 Stage 2: human pose estimation with the whole pre-trained GLID, one query per joint.
 
     python finetune_pose.py --preset tiny --init out/pretrain/best.pt       with pre-training
-    python finetune_pose.py --preset tiny --out out/scratch                 from scratch
-    python finetune_pose.py --preset tiny --out out/part --init out/pretrain/best.pt --load backbone
+    python finetune_pose.py --preset tiny --out out/pose-scratch            from scratch
+    python finetune_pose.py --preset tiny --out out/pose-backbone --init out/pretrain/best.pt \\
+        --load backbone
     python finetune_pose.py --preset tiny --out out/pose --eval --boxes detections.json
 Defaults are the paper's recipe (210 epochs of person crops of 256 x 192 px, 8 processes):
     torchrun --nproc_per_node=8 finetune_pose.py --data coco/ --init out/base/best.pt
@@ -34,7 +35,7 @@ from survey import survey
 from tokens import whole
 
 DROPS = (170 / 210, 200 / 210)              # shares of the run: ViTPose's epochs 170 and 200 of 210
-SHOWN = ("AP", "AP50", "AP75", "APm", "APl", "AR")
+REPORTED = ("AP", "AP50", "AP75", "APm", "APl", "AR")
 PRESETS = {
     # two CPU cores, about a minute; ToyWorld's people stand upright. The first gradients are 50
     # times as large as later ones: without a low --clip, Adam's second moment remembers them for
@@ -82,7 +83,7 @@ def flags():
 def predict(model, crops, args, run, flip=pose.FLIP):
     """uint8 [P, 3, H, W] -> joints [P, J, 2] in crop px and their scores [P, J], fp32 numpy.
 
-    At most --batch-size crops are on the device at once; each is also mirrored (flip test).
+    At most --batch-size crops are on the device at once.
     """
     joints, scores = [torch.empty(0, len(flip), 2)], [torch.empty(0, len(flip))]
     for start in range(0, len(crops), args.batch_size):
@@ -90,7 +91,7 @@ def predict(model, crops, args, run, flip=pose.FLIP):
         layout = whole(model.glid.config, images).to(run.device)
         with run.autocast():
             maps = model(images, layout).float()
-            if not args.overfit and not args.no_flip:   # both train without mirroring
+            if training.flip_test(args):
                 maps = pose.flip_average(maps, model(images.flip(3), layout).float(), flip)
         at, score = pose.decode(maps, args.size, args.sigma)
         joints.append(at.cpu())
@@ -110,7 +111,7 @@ def answer(photo, joints, scores, sigmas=OKS_SIGMAS):
 
 
 def evaluate(model, dataset, args, run, path=None):
-    """COCO's keypoint metrics, a dict of SHOWN, of the validation set; picture of the first photos.
+    """COCO's keypoint metrics of the validation set, a dict of REPORTED; draws the first photos.
 
     Photos, not persons, are split over the processes: duplicates are removed photo by photo.
     """
@@ -128,7 +129,7 @@ def evaluate(model, dataset, args, run, path=None):
             if len(rows) < 8 and path and run.rank == 0:
                 image = dataset.source[photo["index"]]["image"].as_subclass(torch.Tensor)
                 scores = [f"{s:.2f}" for s in found["scores"]]
-                rows.append(draw.beside([
+                rows.append(draw.sample([
                     draw.skeletons(image, k[..., :2], k[..., 2], texts, dataset.bones, draw.SAMPLE)
                     for k, texts in ((truth["keypoints"], [""] * len(truth["keypoints"])),
                                      (found["keypoints"], scores))]))
@@ -136,7 +137,7 @@ def evaluate(model, dataset, args, run, path=None):
     if rows:
         draw.save(draw.below(rows), path)
     result = run.merged(metric).result()
-    return {name: result[name] for name in SHOWN}
+    return {name: result[name] for name in REPORTED}
 
 
 def build(args, joints, run):
@@ -166,7 +167,7 @@ def main(args):
     run = training.start(args)
     train, val = open_pose(args.data, args.size, args.data_fraction, args.seed, args.overfit,
                            args.boxes, (args.zoom, args.rotation), args.flip_pairs,
-                           not args.no_flip, on_error=args.on_error)
+                           not args.no_flip, on_error=args.on_error, grading=args.eval)
     survey(args, train, val, run)
     model = build(args, len(train.joints), run)
     scales = training.finetune_scales(args)

@@ -2,8 +2,9 @@
 Stage 2: segmentation with the whole pre-trained GLID; each task adds a linear head and M queries.
 
     python finetune_seg.py --preset tiny --init out/pretrain/best.pt        with pre-training
-    python finetune_seg.py --preset tiny --out out/scratch                  from scratch
-    python finetune_seg.py --preset tiny --out out/part --init out/pretrain/best.pt --load backbone
+    python finetune_seg.py --preset tiny --out out/segmentation-scratch     from scratch
+    python finetune_seg.py --preset tiny --out out/segmentation-backbone \\
+        --init out/pretrain/best.pt --load backbone
     python finetune_seg.py --preset tiny --out out/all --tasks semantic,instance,panoptic
 Defaults are the paper's recipe (160 k steps of 16 images at 640 px, 100 queries for semantic, 200
 for instance and panoptic segmentation, 8 processes):
@@ -40,7 +41,7 @@ from tokens import at_original
 PART = 2**22                    # float numbers of mask logits to hold at the original size at once
 QUERIES = {"semantic": 100, "instance": 200, "panoptic": 200}           # M [paper]
 # what is reported; the first of each chooses best.pt
-REPORT = {"semantic": ["mIoU"], "instance": ["AP", "AP50", "AP75"],
+REPORTED = {"semantic": ["mIoU"], "instance": ["AP", "AP50", "AP75"],
           "panoptic": ["PQ", "PQ_things", "PQ_stuff"]}
 
 PRESETS = {
@@ -112,7 +113,7 @@ def semantic_inference(class_logits, mask_logits, size, patch, original):
     at_original. The logits are enlarged to the network's input, then the sum to the original, a
     few classes at a time: 150 of 12 megapixels are 7 GB. Returns classes uint8 [H0, W0].
     """
-    p, scores, done = class_logits.float().softmax(-1)[:, :-1], 0, 0
+    p, scores, done = class_logits.float().softmax(-1)[:, :-1], 0, 0    # [M, K], [K, H, W]
     for logits in in_parts(mask_logits, size, patch, size):
         part = p[done:done + len(logits)]
         scores = scores + torch.einsum("qk,qhw->khw", part, logits.sigmoid())
@@ -122,8 +123,9 @@ def semantic_inference(class_logits, mask_logits, size, patch, original):
     for first in range(0, len(scores), few):
         part = F.interpolate(scores[None, first:first + few], original, mode="bilinear",
                              align_corners=False)
-        value, k = part[0].max(0)
-        classes = torch.where(value > best, (k + first).byte(), classes)    # of equals the first
+        value, k = part[0].max(0)                                           # [H0, W0] each
+        # of equal values the first one wins, as in argmax
+        classes = torch.where(value > best, (k + first).byte(), classes)
         best = best.maximum(value)
     return classes
 
@@ -138,9 +140,9 @@ def instance_inference(class_logits, mask_logits, size, patch, original, limit=1
     """
     p = class_logits.float().softmax(-1)[:, :-1]
     # stable, so that equal scores are in the same order on every machine
-    order = p.flatten().sort(descending=True, stable=True).indices[:limit]
+    order = p.flatten().sort(descending=True, stable=True).indices[:limit]      # [D]
     query, labels = order // p.shape[1], order % p.shape[1]
-    used, place = query.unique(return_inverse=True)
+    used, place = query.unique(return_inverse=True)                     # [U], [D]
     masks = torch.empty(len(order), *original, dtype=torch.bool)        # on the CPU: may be large
     quality, done = mask_logits.new_empty(len(used), dtype=torch.float32), 0
     for logits in in_parts(mask_logits[used], size, patch, original):
@@ -178,8 +180,8 @@ def panoptic_inference(class_logits, mask_logits, size, patch, original, things,
     sure, areas = torch.zeros_like(best, dtype=torch.bool), []              # its p(mask) >= 1/2
     for logits in in_parts(mask_logits[keep], size, patch, original):
         first, p_mask = len(areas), logits.sigmoid()
-        value, query = (p[first:first + len(logits), None, None] * p_mask).max(0)
-        better = value > best                           # among equals the first query, as argmax
+        value, query = (p[first:first + len(logits), None, None] * p_mask).max(0)   # [H0, W0]
+        better = value > best               # of equal values the first one wins, as in argmax
         own = p_mask.gather(0, query[None])[0]
         best, owner = torch.where(better, value, best), torch.where(better, query + first, owner)
         sure = torch.where(better, own >= 0.5, sure)
@@ -250,7 +252,7 @@ def grade(task, metric, answer, truth, things):
         metric.update(answer[0].numpy(), answer[1], truth["panoptic"].numpy(), segments)
 
 
-def pictures(task, photo, answer, truth, dataset, threshold=0.5):
+def examples(task, photo, answer, truth, dataset, threshold=0.5):
     """Truth and answer over the photo, two PIL images; instances less sure are left out."""
     names, things = dataset.classes, dataset.things
     if task == "semantic":
@@ -267,7 +269,7 @@ def pictures(task, photo, answer, truth, dataset, threshold=0.5):
 
 
 def evaluate(model, dataset, args, run, path=None):
-    """REPORT of every task over the whole validation set, every image once on one process; all
+    """REPORTED of every task over the whole validation set, every image once on one process; all
     tasks ask about the same encoded image. Picture of the first images at `path`. --eval: prints
     each class, too."""
     model.eval()
@@ -287,8 +289,8 @@ def evaluate(model, dataset, args, run, path=None):
             if len(rows) < 8 and path and run.rank == 0:
                 photo = dataset.source[truth["index"]]["image"]     # as it was before any scaling
                 shown = [picture for task in args.tasks for picture in
-                         pictures(task, photo, answers[task], truth, dataset)]
-                rows.append(draw.beside([draw.canvas(photo, draw.SAMPLE)[0], *shown]))
+                         examples(task, photo, answers[task], truth, dataset)]
+                rows.append(draw.sample([draw.canvas(photo, draw.SAMPLE)[0], *shown]))
             del answers                                     # before the next photo's are made
     model.train()
     if rows:
@@ -298,13 +300,13 @@ def evaluate(model, dataset, args, run, path=None):
         raise InputError(f"--data {args.data}: no pixel of the validation photos has a class; is "
                          "that due to --first-label or --ignore-label?")
     for task in args.tasks if args.eval else ():
-        training.print_classes(run, REPORT[task][0], results[task], dataset.classes)
-    return {name: results[t][name] for t in args.tasks for name in REPORT[t]}
+        training.print_classes(run, REPORTED[task][0], results[task], dataset.classes)
+    return {name: results[t][name] for t in args.tasks for name in REPORTED[t]}
 
 
 def main_metrics(results):
     """Of the numbers in `results` those that choose best.pt: mIoU, AP, PQ of the tasks trained."""
-    return {names[0]: results[names[0]] for names in REPORT.values() if names[0] in results}
+    return {names[0]: results[names[0]] for names in REPORTED.values() if names[0] in results}
 
 
 def words(results):
@@ -373,7 +375,8 @@ def main(args):
     run = training.start(args)
     train, val = open_segmentation(args.data, args.size, args.data_fraction, args.seed, args.tasks,
                                    args.overfit, not args.no_flip, on_error=args.on_error,
-                                   ignore_label=args.ignore_label, first_label=args.first_label)
+                                   ignore_label=args.ignore_label, first_label=args.first_label,
+                                   grading=args.eval)
     survey(args, train, val, run)
     model = build(args, train, run)
     scales = training.finetune_scales(args)

@@ -5,7 +5,8 @@ All of it runs in fp32, whatever the network runs in: a matching cost in half pr
 there is no tie, and logs of small numbers vanish.
 
 Letters: L decoder layers, B images, Q queries, N objects of an image (padded to the most crowded
-image of the batch), M = matched pairs of the whole batch, K classes, P points.
+image of the batch), K classes, P points, M matched pairs of query and object, of all layers and
+images together (the queries, M in Eq. 3, are Q here).
 """
 import numpy as np
 import torch
@@ -93,9 +94,10 @@ def detection_cost(class_logits, boxes, labels, target_boxes):
     """
     layers, b, q = boxes.shape[:3]
     # focal loss if the class is the answer, minus that if it is not
+    # [L, B, Q, K] each
     positive = 0.25 * (1 - class_logits.sigmoid()).square() * F.softplus(-class_logits)
     negative = 0.75 * class_logits.sigmoid().square() * F.softplus(class_logits)
-    answer = labels[None, :, None].expand(layers, b, q, -1)
+    answer = labels[None, :, None].expand(layers, b, q, -1)                 # [L, B, Q, N]
     found, truth = boxes[:, :, :, None], target_boxes[:, None]              # [L B Q 1 4] [B 1 N 4]
     return {"class": 2 * (positive - negative).gather(3, answer),
             "box L1": 5 * (found - truth).abs().sum(-1),

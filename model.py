@@ -15,6 +15,7 @@ Letters in the shape comments
     h  heads, d channels a head   L  decoder layers
     K  keys of an image; classes  Q  queries of an image; M as in the paper in fine-tuning
     p  px a side of a patch       u  px a side of a unit
+    N  hidden units of an image (pre-training)
 Maps of 1/4 to 1/32 are those of patch 4; `tiny` has patch 2, so 1/2 to 1/16.
 """
 import math
@@ -261,6 +262,9 @@ class BiFPN(nn.Module):
 
     Thanks to the bottom-up path the 1/4 map, which the decoder never reads, feeds the maps that it
     does read, and so is pre-trained too. The paper says only "Bi-FPN"; we use one repeat.
+
+    p: inputs, t: after the top-down pass, o: outputs, [T, D] each; the digit is stage + 2, as in
+    EfficientDet: p2 is the map of 1/4.
     """
 
     def __init__(self, widths, dim):
@@ -323,8 +327,9 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Query decoder; its layers read 1/32, 1/16, 1/8 in turn. Owns [CLS] of Eq. 3, which so
-    comes with the decoder in Table 4 (a guess)."""
+    """Query decoder; its layers read 1/32, 1/16, 1/8 in turn. Positions are added to the keys, not
+    to the values, as in DETR and Mask2Former. Owns [CLS] of Eq. 3, which so comes with the decoder
+    in Table 4 (a guess)."""
 
     def __init__(self, config):
         super().__init__()
@@ -334,20 +339,18 @@ class Decoder(nn.Module):
                                     for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.dim)
 
-    def forward(self, queries, maps, layout, self_mask=None, every_layer=False, images=slice(None)):
+    def forward(self, queries, maps, layout, self_mask=None, every_layer=False, which=slice(None)):
         """queries [B, Q, D], maps from the BiFPN -> [L, B, Q, D], L = 1 unless every_layer.
 
-        self_mask: bool [Q, Q], True = may look. images: a slice of the layout's images; the queries
-        ask about the B images in it.
+        self_mask: bool [Q, Q], True = may look. which: slice, the B images that are asked about.
         """
         keys = []
         for level, stage in enumerate((3, 2, 1)):
             value = maps[stage] + self.level[level]                             # [T, D]
-            # position on keys only, not on values, as in DETR and Mask2Former
             key = value + layout.position(stage, value.shape[1]).to(value.dtype)
             value, mask = layout.to_batch(value, stage)             # [all images, K, D]
             key = layout.to_batch(key, stage)[0]
-            keys.append((key[images], value[images], mask if mask is None else mask[images]))
+            keys.append((key[which], value[which], mask if mask is None else mask[which]))
         x, outputs = queries, []
         for i, layer in enumerate(self.layers):
             x = layer(x, *keys[i % 3], self_mask)
@@ -360,9 +363,10 @@ class Decoder(nn.Module):
 # GLID
 
 
-# Value of padding pixels inside the units at the border. It is not 0 (the mean pixel): while biases
-# are zero, a patch of zeros gives a token of zeros, and LayerNorm multiplies its gradient by 300
-BLACK = -2.0
+# Value of padding pixels inside the units at the border, nearly black. 0 (the mean pixel) would not
+# do: while biases are zero, a patch of zeros gives a token of zeros, and LayerNorm multiplies its
+# gradient by 300
+PADDING = -2.0
 
 
 class GLID(nn.Module):
@@ -383,24 +387,24 @@ class GLID(nn.Module):
         unit = self.config.unit
         height, width = (n * unit for n in layout.grid_units)
         if layout.padded:                   # no answer depends on what the padding holds
-            images = torch.where(inside(layout.sizes, *images.shape[2:])[:, None], images, BLACK)
+            images = torch.where(inside(layout.sizes, *images.shape[2:])[:, None], images, PADDING)
         images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]),
-                       value=BLACK)
+                       value=PADDING)
         return split_units(images, unit)[tuple(layout.units.long().unbind(1))]
 
     def encode(self, images, layout):
         """Normalised images and their layout -> BiFPN maps, 4 x packed [T, D]."""
         return self.bifpn(self.backbone(self.visible_units(images, layout), layout), layout)
 
-    def ask(self, maps, layout, offsets, self_mask=None, every_layer=False, images=slice(None)):
+    def ask(self, maps, layout, offsets, self_mask=None, every_layer=False, which=slice(None)):
         """Fine-tuning: M queries [CLS] + e_i (Eq. 3) ask about each encoded image, or those of the
-        slice `images`. offsets: the e_i, [M, D]. Returns x [L, B, M, D], L = 1 unless every_layer.
+        slice `which`. offsets: the e_i, [M, D]. Returns x [L, B, M, D], L = 1 unless every_layer.
         """
-        count = len(range(layout.batch)[images])
-        queries = (self.decoder.cls + offsets).expand(count, -1, -1)                    # Eq. 3
+        count = len(range(layout.batch)[which])                                         # B
+        queries = (self.decoder.cls + offsets).expand(count, -1, -1)        # Eq. 3: [B, M, D]
         if count == 0:                          # nothing to ask, but the e_i stay in the graph
             return queries[None]
-        return self.decoder(queries, maps, layout, self_mask, every_layer, images)
+        return self.decoder(queries, maps, layout, self_mask, every_layer, which)
 
 
 def split_units(images, unit):
@@ -431,6 +435,11 @@ def pixel_statistics(device):
     return [torch.tensor(v, device=device).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD)]
 
 
+def unit_statistics(x):
+    """Pixels of units [..., P] -> mean and standard deviation of each unit, [..., 1], as MAE."""
+    return x.mean(-1, keepdim=True), (x.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
 # -----------------------------------------------------------------------------
 # Heads: the only part that changes from task to task. Images are normalised float [B, 3, H, W]
 
@@ -448,13 +457,12 @@ class Pretrainer(nn.Module):
         _init(self.head)
 
     def target(self, images, where):
-        """Pixels of the units `where` [B * N, 3] = image, row, column: float [B, N, 3 * unit**2].
-
-        norm_pix: each unit minus its mean, over its standard deviation, as MAE.
-        """
+        """Pixels of the units `where` [B * N, 3] = image, row, column: float [B, N, 3 * unit**2];
+        with norm_pix each unit minus its mean, over its standard deviation."""
         x = split_units(images, self.glid.config.unit)[tuple(where.long().unbind(1))].flatten(1)
         if self.norm_pix:
-            x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
+            mean, std = unit_statistics(x)
+            x = (x - mean) / std
         return x.view(len(images), -1, x.shape[1])
 
     def forward(self, images, layout):
@@ -466,7 +474,7 @@ class Pretrainer(nn.Module):
         queries = self.mask_token + layout.hidden_position(len(cls))        # [B * N, D]
         queries = torch.cat([cls.expand(b, 1, -1), queries.view(b, -1, len(cls))], 1)
         x = self.glid.decoder(queries, maps, layout)[-1]                     # [B, 1 + N, D]
-        return self.head(x[:, 1:]), self.target(images, layout.hidden)
+        return self.head(x[:, 1:]), self.target(images, layout.hidden_units)
 
 
 def in_fp32(layer, x):
@@ -491,9 +499,9 @@ class Detector(nn.Module):
         self.offsets = nn.Parameter(torch.zeros(sum(self.groups), config.dim))      # e_i of Eq. 3
         self.classify = nn.Linear(config.dim, num_classes)
         self.box = nn.Linear(config.dim, 4)
-        # Both start at zero, as Deformable DETR's boxes: what random weights cost, and how much one
-        # seed differs from another, see docs/results.md. Every class has probability 0.01 (focal
-        # loss's prior), or the sum of 1800 x K answers that are "no" would drown the "yes"
+        # Both start at zero (a guess; Deformable DETR's boxes do): what random weights cost, and
+        # how much one seed differs from another, see docs/results.md. Every class has probability
+        # 0.01 (focal loss's prior), or 1800 x K answers that are "no" would drown the "yes"
         for weight in (self.classify.weight, self.box.weight, self.box.bias):
             nn.init.zeros_(weight)
         nn.init.constant_(self.classify.bias, -math.log(99))
@@ -524,7 +532,7 @@ class MaskHead(nn.Module):
         """x [L, B, M, D], map4 [B, H, W, D] -> classes [L, B, M, K + 1], masks [L, B, M, H, W]."""
         # Eq. 4 without its sigmoid, which the losses take together with the logarithm
         masks = torch.einsum("lbmd,bhwd->lbmhw", self.embed(x), map4)
-        return self.classify(x), masks
+        return in_fp32(self.classify, x), masks
 
 
 class Segmenter(nn.Module):

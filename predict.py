@@ -156,9 +156,8 @@ class Model:
         if self.task == "detection":
             found = finetune_det.predict(self.network, images, layout, sizes, self.run)
         elif self.task == "depth":
-            mirror = not (self.args.overfit or self.args.no_flip)
             found = [{"depth": d} for d in finetune_depth.predict(
-                self.network, images, layout, sizes, self.run, mirror)]
+                self.network, images, layout, sizes, self.run, training.flip_test(self.args))]
         else:
             found = [self.flat(f) for f in finetune_seg.predict(
                 self.network, images, layout, sizes, self.args, self.things, self.run)]

@@ -2,7 +2,7 @@
 Stage 1: pre-train GLID as a whole by masked image modelling (section 3.1 of the paper).
 
 On a laptop, in minutes, with nothing to download:
-    python pretrain.py --preset tiny --out out/tiny
+    python pretrain.py --preset tiny
 On your own photos (a folder, nested or flat; train/ and val/ inside are respected):
     python pretrain.py --preset tiny --data photos/ --out out/mine
 The paper's recipe (600 epochs of ImageNet, 192 px, total batch 2048), 8 GPUs, then 4 nodes:
@@ -30,7 +30,7 @@ import training
 from data import collate_pretraining, derive_seed, open_pretraining
 from launch import launch
 from losses import reconstruction_loss
-from model import Pretrainer, normalize, pixel_statistics, split_units
+from model import Pretrainer, normalize, pixel_statistics, split_units, unit_statistics
 from survey import survey
 
 PRESETS = {
@@ -97,31 +97,30 @@ def fill(model, images, layout):
     """uint8 images [B, 3, S, S] and their layout, both on the model's device -> uint8 [B, 3, S, S]
     each: input, what the encoder saw, reconstruction, and what that borrowed from the input.
 
-    With --norm-pix the network predicts normalised pixels, so the mean and spread (standard
-    deviation) of each hidden unit are borrowed from the input. The fourth image shows only these,
-    as stripes of mean - spread and mean + spread; without --norm-pix it equals the second.
+    With --norm-pix the network predicts normalised pixels, so mean and standard deviation of
+    each hidden unit are borrowed from the input. The fourth image shows only these, as stripes of
+    mean - std and mean + std; without --norm-pix it equals the second.
     """
     pixels, unit = normalize(images), model.glid.config.unit
     prediction = model(pixels, layout)[0].float()                           # [B, N, 3 unit**2]
-    where = tuple(layout.hidden.long().unbind(1))
+    where = tuple(layout.hidden_units.long().unbind(1))
     seen, filled = pixels.clone(), pixels.clone()
     split_units(seen, unit)[where] = 0                                      # views: write through
     borrowed = seen.clone()
     if model.norm_pix:
         truth = split_units(pixels, unit)[where].flatten(1)
-        spread, mean = (truth.var(-1) + 1e-6).sqrt(), truth.mean(-1)        # [B * N]
-        prediction = prediction * spread.view(*prediction.shape[:2], 1) \
-            + mean.view(*prediction.shape[:2], 1)
+        mean, std = unit_statistics(truth.view_as(prediction))              # [B, N, 1] each
+        prediction = prediction * std + mean
         # [unit, 1]: four bands, -1, 1, -1, 1
         stripes = (torch.arange(unit, device=mean.device) * 4 // unit % 2 * 2 - 1)[:, None]
-        split_units(borrowed, unit)[where] = mean.view(-1, 1, 1, 1) + spread.view(-1, 1, 1, 1) \
-            * stripes
+        mean, std = mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)           # [B * N, 1, 1, 1]
+        split_units(borrowed, unit)[where] = mean + std * stripes
     split_units(filled, unit)[where] = prediction.reshape(-1, 3, unit, unit)
     mean, std = pixel_statistics(images.device)
     return [(x * std + mean).clamp(0, 1).mul(255).byte() for x in (pixels, seen, filled, borrowed)]
 
 
-def picture(model, dataset, path, run, count=8):
+def examples(model, dataset, path, run, count=8):
     """A row for each of a few validation photos: input, what the encoder saw, reconstruction."""
     model.eval()
     count = min(count, len(dataset))
@@ -141,7 +140,7 @@ def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
     is_best = best is None or math.isnan(best) or loss <= best
     best = loss if is_best else best
     if run.rank == 0:
-        picture(model, val, Path(args.out, "samples", f"{step:06d}.png"), run)
+        examples(model, val, Path(args.out, "samples", f"{step:06d}.png"), run)
     checkpoints.save_checkpoint(args, model, optimizer, run, step, best, val, is_best)
     return best
 
@@ -151,7 +150,7 @@ def main(args):
     run = training.start(args)
     config = training.model_config(args, image_size=args.size)
     train, val = open_pretraining(args.data, config, args.mask, args.mask_ratio, args.seed,
-                                  args.on_error, ours=Path(args.out, "samples"))
+                                  args.on_error, Path(args.out, "samples"), args.eval)
     survey(args, train, val, run)
 
     torch.manual_seed(args.seed)                                            # same weights on all
@@ -208,7 +207,7 @@ def main(args):
                     with run.autocast():
                         loss = ddp(images, layout) / args.accumulate
                     loss.backward()
-                bar.add(loss / pixels)              # its share of the step's error
+                bar.add(loss / pixels)      # the error of one pixel value, as val_loss
 
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)

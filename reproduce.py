@@ -217,6 +217,8 @@ def do(fit, commit):
     out.mkdir(parents=True, exist_ok=True)
     script, begun = import_module(fit.script), time.perf_counter()
     resume = ["--resume"] * (out / "last.pt").exists()
+    if not resume:                                          # killed between its first two files
+        (out / "best.pt").unlink(missing_ok=True)
     args = training.parse(script.flags(), script.PRESETS, [*fit.argv, "--out", fit.out, *resume])
 
     def record(**more):                                     # after a part of the run, or all of it
@@ -412,7 +414,7 @@ def attention_maps(args):
     """Figure 4: where two queries of each model look in the same drawn photo: PIL image."""
     scene, row, panels = toyworld.scene(0, 3_000_119, 192), PARTS[3], []
     photo, person = (torch.from_numpy(scene[k]) for k in ("image", "boxes"))
-    photo, person = photo.permute(2, 0, 1), person[:1]                      # it is the nearest
+    photo, person = photo.permute(2, 0, 1), person[:1]      # this scene's nearest object is one
     fits = [pretraining(args, row, 0), *(finetuning(args, row, task, 0) for task in args.tasks)]
     for name, fit in zip(("pre-training", *args.tasks), fits):
         model = predict.load(Path(fit.out, "best.pt"))

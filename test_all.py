@@ -277,7 +277,7 @@ def test_whole_model_equals_restatement():
                 assert name.endswith("k.bias") or \
                     (g - right).abs().max() <= 1e-5 * right.abs().max(), name
         with torch.no_grad():
-            M.split_units(images, 16)[tuple(tokens.hidden.long().unbind(1))] *= 1e6
+            M.split_units(images, 16)[tuple(tokens.hidden_units.long().unbind(1))] *= 1e6
             again, changed = net(images, tokens)
         assert torch.equal(again, found) and not torch.equal(changed, target)
 
@@ -1190,7 +1190,7 @@ def test_detection_loop_does_what_it_says():
         train.source.samples = [full, {k: v if k == "image" else v[:0] for k, v in empty.items()}]
         aps = iter((0.2, 0.5, 0.3))
         with patched(finetune_det, open_detection=lambda *a, **k: (train, val),
-                     evaluate=lambda *a: dict.fromkeys(finetune_det.HEADLINE, next(aps))):
+                     evaluate=lambda *a: dict.fromkeys(finetune_det.REPORTED, next(aps))):
             assert finetune_det.main(args) == {"AP": 0.5, "step": 5}
         best, last = (torch.load(at / f"run/{name}.pt") for name in ("best", "last"))
         assert (best["step"], last["step"], last["best"]) == (4, 5, 0.5)
@@ -1432,7 +1432,7 @@ def test_truth_as_answer_is_perfect():
         oracle.train = oracle.eval = lambda: None
         return finetune_seg.evaluate(oracle, dataset, args, training.Run(torch.device("cpu")))
     right, wrong = evaluated(0), evaluated(1)
-    assert right == {n: 1.0 for names in finetune_seg.REPORT.values() for n in names}
+    assert right == {n: 1.0 for names in finetune_seg.REPORTED.values() for n in names}
     assert wrong["PQ_stuff"] == 1 and max(wrong["AP"], wrong["PQ_things"]) < 0.1, wrong
     assert wrong["mIoU"] < 0.6, wrong
 
@@ -2206,7 +2206,8 @@ def test_broken_coco_files_are_named():
                     (runs("\x01\x02"), "compressed"), (runs([3, 45], 8, 6), "size")]),
             ("images", 0): dict(height=[(10 ** 6, "0.png: the photo has 6 x 8"), None]),
             ("images", 1): dict(id=[(0, "images have this id")], width=[(0, "height and width")],
-                                file_name=[("gone.png", "photo gone.png is not in"), None]),
+                                file_name=[("gone.png", "photo gone.png is not in"), None,
+                                           (5000 * "n", "too long for a file's name")]),
             kind: dict(id=[(30, "categories have the same id"), ("seven", "whole number")],
                        name=[None]),
             (): dict(categories=[([], "no category")], images=[("", '"images"')],
@@ -2374,7 +2375,7 @@ def test_any_photo_is_read_right_or_named():
                 refused(at, "boxes", ".png", "side")
             else:
                 train, val = data.open_detection(at, 64, overfit=True)
-                assert min(train[0, 0]["image"].shape) > 0 and val[0, 0]["size"][0] == size[0]
+                assert min(train[0, 0]["image"].shape) > 0 and val[0, 0]["original"] == size
 
 
 def test_odd_coco_files_are_read_right():
@@ -2458,6 +2459,74 @@ def test_no_photo_stands_in_for_another():
             at / "images/train/0.png", at / "images/val/0.png"]
 
 
+def test_grading_needs_no_training_photos():
+    """With --eval a validation part alone will do, in each format; training is refused without the
+    other part."""
+    label = np.arange(48, dtype=np.uint8).reshape(6, 8) % 2
+    for key, fill_in in (
+            ("boxes", lambda at: coco(at, [dict(image_id=i) for i in range(3)], "instances_val", 3,
+                                      photos="val/{}")),
+            ("keypoints", lambda at: coco(at, [dict(keypoints=[2] * 51)] * 2,
+                                          "person_keypoints_val2017", photos="val2017/{}")),
+            ("semantic", lambda at: fill(at, {
+                f"{p}/val/{i}.png": v for p, v in (("images", PHOTO), ("labels", label))
+                for i in range(3)})),
+            ("depth", lambda at: fill(at, {
+                f"{p}/val/{i}.png": v for i in range(3) for p, v in (
+                    ("rgb", PHOTO), ("depth", label.astype(np.uint16) * 1000 + 500))}))):
+        with folder() as at:
+            fill_in(at)
+            refused(at, key, "nothing in it fits" if key in ("semantic", "depth") else "val")
+            train, val = opened(at, key, grading=True)
+            assert val.ids == train.ids and len(val) == len(list(val)) == 3 - (key == "keypoints")
+    with folder() as at:
+        fill(at, {f"val/{i}.png": np.zeros((32, 32, 3), np.uint8) for i in range(3)})
+        for grading, count in (True, 3), (False, 1):
+            _, val = data.open_pretraining(at, TINY, grading=grading)
+            assert len(val) == count
+    with folder() as at, quiet():                           # the whole way, all three are graded
+        coco(at, [dict(image_id=i) for i in range(3)], "instances_train", 3, photos="train/{}")
+        flags = ["--data", at, "--workers", 0, "--batch-size", 2, "--size", 32, "--out", at / "o"]
+        finetune_det.main(args_for(finetune_det, *flags, "--steps", 1))
+        (at / "annotations/instances_train.json").rename(at / "annotations/instances_val.json")
+        (at / "train").rename(at / "val")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            finetune_det.main(args_for(finetune_det, *flags, "--eval"))
+        assert "of 3 images" in said.getvalue(), said.getvalue()
+
+
+def test_a_class_of_photos_may_be_called_train():
+    with folder() as at, contextlib.redirect_stderr(io.StringIO()) as said:
+        for name in ("bus", "train", "truck"):
+            write_photo(at / f"veh/{name}/1.png", (32, 32))
+        assert formats.photo_folders(at / "veh") == [at / "veh/train", None]
+        assert "train alone is read, without bus, truck" in said.getvalue()
+        write_photo(at / "veh/val/1.png", (32, 32))         # now it is a part
+        assert formats.photo_folders(at / "veh") == [at / "veh/train", at / "veh/val"]
+    assert said.getvalue().count("note") == 1
+
+
+def test_epochs_given_go_before_steps_of_the_preset():
+    for flags, steps in (([], 1300), (["--epochs", 3], None), (["--steps", 9], 9),
+                         (["--epochs", 3, "--steps", 9], 9)):
+        words = ["--preset", "tiny", *map(str, flags)]
+        assert training.parse(finetune_det.flags(), finetune_det.PRESETS, words).steps == steps
+
+
+def test_panoptic_classes_beyond_the_palette_are_drawn():
+    """Of 300 classes the later ones have the colours of the first, as in the other tasks."""
+    photo, ids = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(8, 8, dtype=torch.int32)
+    first, later = (draw.panoptic(photo, ids, {1: k}, ["x"] * 300, 0) for k in (44, 44 + 255))
+    assert np.array_equal(first, later) and np.asarray(first).any()
+
+
+def test_samples_of_large_photos_are_small():
+    large, small = (Image.new("RGB", size, "red") for size in ((4000, 3000), (320, 200)))
+    assert draw.sample([large] * 3).size == (640 * 3, 480)
+    assert draw.sample([large.rotate(90, expand=True)] * 2).size == (960, 640)
+    assert draw.sample([small] * 3).size == (960, 200)
+
+
 def test_parts_of_coco_files():
     """Names and folders say the part; else every 20th photo with an object validates."""
     held_out, two = ([1, 2], [0]), ([0, 1, 2], [0, 1, 2])
@@ -2492,6 +2561,14 @@ def test_parts_of_coco_files():
         little_coco(at, kind="panoptic")
         fill(at, {f"annotations/{n}.json": "{}" for n in ("imgCatIds", "train", "1")})
         assert "panoptic" in opened(at, "masks")[0][0]
+    with folder() as at:                                    # Roboflow's files have one name
+        for part in ("train", "valid", "test"):
+            coco(at, one_each, f"../{part}/_annotations.coco", 3, f"{part}/{{}}")
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            formats.open_folder(at, ["boxes"])
+        assert "is not used; train/_annotations.coco.json and valid/_annotations.coco.json are" in \
+            said.getvalue(), said.getvalue()
+        refused(at, "semantic", "nothing in it fits", "--tasks instance")
     train, val = files.hold_out("", files.Source([dict(id=i) for i in range(41)], None))
     assert val.ids == [0, 20, 40] and sorted(train.ids + val.ids) == list(range(41))
 
@@ -3377,7 +3454,8 @@ def test_the_first_checkpoint_is_kept_whatever_its_metric():
             nans = script in (pretrain, finetune_seg)
             for factor in (math.nan, 1, math.nan, 2, 1) if nans else (1, 2, 1):
                 found = {k: v * factor for k, v in values.items()}
-                found |= dict.fromkeys(getattr(script, "HEADLINE", ()), found["AP"])
+                if script is finetune_det:
+                    found = dict.fromkeys(script.REPORTED, found["AP"])
                 found = found["REL"] if script is pretrain else found
                 with patched(script, evaluate=lambda *a, f=found: f), patched(
                         checkpoints, save_checkpoint=lambda *a, kept=kept: kept.append(a[7])):
@@ -3479,6 +3557,7 @@ def test_evaluation_needs_the_same_meaning():
     """--eval takes any --batch-size, even one larger than the training set; it refuses flags with
     which the weights would mean something else."""
     for task, wrong in (("detection", ["--queries", 9]), ("depth", ["--max-depth", 5]),
+                        ("depth", ["--no-flip"]), ("pose", ["--no-flip"]),
                         ("pose", ["--decoder-layers", 6]), ("segmentation", ["--queries", 9]),
                         ("pretraining", ["--decoder-layers", 6])):
         with folder() as at, quiet():
@@ -3492,6 +3571,10 @@ def test_evaluation_needs_the_same_meaning():
             assert script.main(args_for(script, *flags, "--batch-size", 99))["step"] == 1
             with raises(InputError, wrong[0], "best.pt"):
                 script.main(args_for(script, *flags, *wrong))
+            if task == "detection":             # the same weights may be graded at another size
+                with contextlib.redirect_stdout(io.StringIO()) as said:
+                    script.main(args_for(script, *flags, "--size", 96))
+                assert "--size 96 now, 48 before\n" in said.getvalue(), said.getvalue()
             args = args_for(script, *flags, "--data", "toyworld:2", "--lr", 5)
             args.eval, saved = False, checkpoints.read(at / "best.pt", "")      # as with --resume
             checkpoints.compare(saved, "last.pt", args, argparse.Namespace())
@@ -3648,7 +3731,7 @@ def on_simulated_card(net, loss, layout, *more, **how):
             mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False), \
             patched(M, pixel_statistics=M.pixel_statistics.__wrapped__):
         send = lambda x: card.from_tensor(x).to("cuda")
-        for name in ("sizes", "units", "hidden", "rows"):
+        for name in ("sizes", "units", "hidden_units", "rows"):
             setattr(layout, name, send(getattr(layout, name)))
         weights = {k: send(v) for k, v in [*net.named_parameters(), *net.named_buffers()]}
         images = torch.empty(layout.batch, 3, 64, 64, dtype=torch.uint8, device="cuda")
@@ -4360,7 +4443,9 @@ def test_wrong_input_is_one_line():
             write_photo(at / f"photos/{i}.jpg", (80, 80))
         (at / "photos/0_broken.jpg").write_bytes((at / "photos/1.jpg").read_bytes()[:700])
         (at / "used").mkdir()
+        (at / "lone").mkdir()
         torch.save({}, at / "used/last.pt")
+        torch.save({}, at / "lone/best.pt")
         toy = ["--data", "toyworld:4", "--batch-size", 4]
         cases = [
             (pretrain, "nowhere", "--data", at / "nowhere"), (pretrain, "--data", "--data", ""),
@@ -4368,6 +4453,9 @@ def test_wrong_input_is_one_line():
             (pretrain, "--batch-size", "--data", at / "photos", "--batch-size", 64),
             (pretrain, "--lr", *toy, "--data", "toyworld:8", "--lr", 1e30, "--workers", 0),
             (pretrain, "--resume", *toy, "--out", at / "used"),
+            (finetune_seg, "best.pt", *toy, "--init", at / "lone/best.pt", "--out", at / "lone"),
+            *((finetune_seg, f"{flag} is empty", flag, "") for flag in
+              ("--init", "--out", "--init-backbone", "--data")),
             (pretrain, "--out", *toy, "--out", at / "photos/1.jpg"),
             (pretrain, "--decoder-layers", *toy, "--decoder-layers", 4),
             (finetune_seg, "--init", *toy, "--init", at / "photos/1.jpg"),
@@ -4380,7 +4468,7 @@ def test_wrong_input_is_one_line():
             (finetune_seg, "--queries 5,6", *toy, "--queries", "5,6"),
             *((finetune_seg, flag, flag, value) for flag, value in
               (("--data-fraction", 0), ("--queries", 0), ("--tasks", "semantic,depth"),
-               ("--tasks", "instance,instance"), ("--tasks", ""))),
+               ("--tasks", "instance,instance"), ("--tasks", ","))),
             (pretrain, "toyworld:x", "--data", "toyworld:x"),
             *((pretrain, flag, flag, value) for flag, value in
               (("--steps", 0), ("--epochs", -1), ("--batch-size", 0), ("--accumulate", "two"),
@@ -4574,7 +4662,7 @@ def test_one_training_step_is_short():
             sys.setprofile(None)
     spans = {(c.co_filename, n) for c in seen
              if Path(c.co_filename).name not in ("toyworld.py", "draw.py", "test_all.py")
-             and c.co_name not in ("picture", "fill")
+             and c.co_name not in ("examples", "fill")
              for n in range(c.co_firstlineno, max(x[2] or 0 for x in c.co_lines()) + 1)}
     assert 300 < len(spans) <= 900, f"{len(spans)} lines"
 

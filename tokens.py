@@ -7,7 +7,8 @@ batch of unequal images the units with no image in them are hidden. Hidden units
 can not reach any output; masked pre-training, odd sizes and ragged batches are one code path.
 
 Letters: B images, n visible units, T tokens of a stage (all images, one list), C channels, G rows
-of window attention, S slots in a row = window ** 2, k windows that a unit can touch along an axis.
+of window attention, S slots in a row = window ** 2, k windows that a unit can touch along an axis,
+H hidden units of all images (B * N in pre-training, where each image has N).
 """
 import math
 from typing import NamedTuple
@@ -43,11 +44,13 @@ class Layout:
     model is compiled; with a budget no shape then differs between batches of the same size and mask
     ratio.
 
-        sizes   int32 [B, 2]    height and width of each image in px
-        units   int32 [n, 3]    image, row, column of the visible units
-        hidden  int32 [N, 3]    image, row, column of the hidden units of all images
-        rows    int32 [n, sum]  row of attention of each of the k * k windows that a unit touches;
-                                the columns are ordered by stage, plain before shifted windows
+        sizes         int32 [B, 2]  height and width of each image in px
+        units         int32 [n, 3]  image, row, column of the visible units
+        hidden_units  int32 [H, 3]  image, row, column of the hidden units of all images
+        rows          int32 [n, R]  row of attention of each window that a unit touches: k * k
+                                    columns for each plan, by stage, plain before shifted windows
+    grid_units = (Uh, Uw) of the canvas; longest = most visible units of an image; ragged = images
+    differ in it; padded = a unit holds pixels outside its image; plans, needed, level: see _plan.
 
     Arguments. sizes: int64 [B, 2] px, images lie at the top left of the batch canvas.
     hidden: bool [B, Uh, Uw], units the network must not see; None = nothing is hidden. ValueError
@@ -67,12 +70,12 @@ class Layout:
             raise ValueError("an image of the batch has no visible unit")
         self.longest, self.ragged = int(counts.max()), bool((counts != counts[0]).any())
         self.padded = bool((sizes < torch.tensor(self.grid_units) * config.unit).any())
-        self.units, self.hidden = seen.nonzero().int(), (exists & ~seen).nonzero().int()
+        self.units, self.hidden_units = seen.nonzero().int(), (exists & ~seen).nonzero().int()
         self._plan(extent.numpy(), budget)
 
     def _plan(self, extent, budget):
-        """Set self.rows; self.plans {(stage, shifted): (first column in rows, G, whether a row may
-        hold slots that must not see each other)}; self.needed, rows of each plan; self.level."""
+        """Set rows; plans {(stage, shifted): (first column in rows, G, whether a row may hold slots
+        that must not see each other)}; needed, rows of each plan; level, that of packing.enough."""
         window, units = self.config.window, self.units.numpy().astype(np.int64)
         columns, found, self.plans = [], {}, {}
         for stage, shifted in self.kinds(self.config):
@@ -103,7 +106,7 @@ class Layout:
 
     def to(self, device):
         """Move to the device, in place."""
-        for name in ("sizes", "units", "hidden", "rows"):
+        for name in ("sizes", "units", "hidden_units", "rows"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -134,7 +137,7 @@ class Layout:
         owner = None
         if mixed:
             wide = max(self.grid_units) * side // w + 2     # windows along any axis, or more
-            number = (image * wide + window[..., 0]) * wide + window[..., 1]    # of the batch's
+            number = (image * wide + window[..., 0]) * wide + window[..., 1]    # no two have one
             owner = place.new_full((rows * w * w,), -1)
             owner = owner.index_put_((place,), number.view(-1)).view(rows, w * w)
         return Windows(token, place, owner, image.reshape(-1), self.batch)
@@ -156,8 +159,8 @@ class Layout:
         return sine_position(yx, dim).view(-1, dim)
 
     def hidden_position(self, dim):
-        """Sine position of each hidden unit's centre, in the coordinates of the keys: [N, dim]."""
-        image, yx = self.hidden[:, 0].long(), self.hidden[:, 1:]
+        """Sine position of each hidden unit's centre, in the coordinates of the keys: [H, dim]."""
+        image, yx = self.hidden_units[:, 0].long(), self.hidden_units[:, 1:]
         return sine_position((yx + 0.5) * self.config.unit / self.sizes[image], dim)
 
     def to_batch(self, x, stage):
@@ -214,14 +217,14 @@ def morton(side, device=None):
     return order
 
 
-def sine_position(yx, dim, temperature=10000):
+def sine_position(yx, dim):
     """Sine position embedding, half of the channels per axis. yx: [..., 2] in 0..1 -> [..., dim].
 
     DETR's, with scale 2 pi. Keys and pre-training queries use the same coordinates, so that a
     query can find the keys around the place it asks for.
     """
     pairs = dim // 4
-    frequency = temperature ** (-torch.arange(pairs, device=yx.device) / pairs)
+    frequency = 10000 ** (-torch.arange(pairs, device=yx.device) / pairs)
     angle = yx[..., None].float() * 2 * math.pi * frequency         # [..., 2, pairs]
     return torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)    # [..., 4 * pairs]
 

@@ -8,6 +8,7 @@ python -m formats.export --preview sheet.png shows it.
 """
 import colorsys
 import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -33,6 +34,16 @@ SPLIT_START = {"train": 0, "val": 2_000_000}
 # -----------------------------------------------------------------------------
 # objects: a list of parts (colour, points, radius), x right, y up, from where the object stands.
 # radius 0 fills the polygon; otherwise a round pen follows the points (one point = a disc).
+
+class Thing(NamedTuple):
+    """An object of a scene, in metres."""
+    z: float                # distance from the camera
+    x: float                # to the right of the camera's axis
+    name: str               # of THINGS
+    parts: list             # see above
+    keypoints: np.ndarray   # [17, 3], x, y and visibility of a person; None: no person
+    pattern: tuple          # of its surface: kind, frequency, contrast
+
 
 def rectangle(x0, y0, x1, y1):
     """The four corners (x, y) of a part."""
@@ -153,8 +164,8 @@ def arrange(rng):
             x += math.copysign(clear, off) - off  # move it off the road
         parts, keypoints = person(u) if shape[0] == "person" else (thing(u, shape), None)
         pattern = rng.integers(5), u(4, 14), u(0.1, 0.35) * (1 if keypoints is None else 0.3)
-        w["objects"].append((z, x, shape[0], parts, keypoints, pattern))
-    w["objects"].sort(key=lambda o: o[0])  # nearest first
+        w["objects"].append(Thing(z, x, shape[0], parts, keypoints, pattern))
+    w["objects"].sort(key=lambda o: o.z)  # nearest first
     return w
 
 
@@ -195,9 +206,9 @@ def sprite(o, w, size):
 
     None if it is out of the frame. Drawn twice as large and shrunk: alpha is the covered fraction.
     """
-    z, x, name, parts, _, (kind, f, contrast) = o
-    scale = FOCAL * size / z  # pixels per metre
-    x0, y0 = size / 2 + x * scale, w["horizon"] * size + w["height"] * scale
+    (kind, f, contrast), parts = o.pattern, o.parts
+    scale = FOCAL * size / o.z  # pixels per metre
+    x0, y0 = size / 2 + o.x * scale, w["horizon"] * size + w["height"] * scale
     corners, pen = np.concatenate([p for _, p, _ in parts]), max(r for _, _, r in parts)
     (left, low), (right, high) = corners.min(0) - pen, corners.max(0) + pen
     left, right = (int(min(max(x0 + v * scale, 0), size)) for v in (left, right + 2 / scale))
@@ -225,8 +236,8 @@ def sprite(o, w, size):
     # plain, stripes either way, checks, bumps
     wave = (0, np.sign(h), np.sign(v), np.sign(h) * np.sign(v), h * v)[kind]
     shade = 1 + contrast * wave + np.clip(w["sun"] * x, -0.25, 0.25) + 0 * y
-    depth = np.full(shade.shape, z, np.float32)
-    if name == "ball":  # the one round thing: its middle is nearer, its lower half in the dark
+    depth = np.full(shade.shape, o.z, np.float32)
+    if o.name == "ball":  # the one round thing: its middle is nearer, its lower half in the dark
         radius = parts[0][2]
         depth -= np.sqrt(np.maximum(radius ** 2 - x ** 2 - (y - radius) ** 2, 0))
         shade += 0.5 * (y / radius - 1)
@@ -263,17 +274,17 @@ def scene(seed, index, size):
     # a soft shadow lies on the ground, on the side away from the sun
     sky = size - len(ground_x)
     ground, z, light = image[sky:], z[sky:, None], np.ones_like(ground_x)
-    for (oz, ox, _, parts, _, _), _ in kept:
-        r = 0.3 + 0.5 * float(parts[0][1][:, 0].max())
-        rows = slice(*np.searchsorted(-z[:, 0], (-oz - r, r - oz)))
-        across, along = (ground_x[rows] - ox) / r + 0.6 * w["sun"], (z[rows] - oz) / (0.7 * r)
+    for o, _ in kept:
+        r = 0.3 + 0.5 * float(o.parts[0][1][:, 0].max())
+        rows = slice(*np.searchsorted(-z[:, 0], (-o.z - r, r - o.z)))
+        across, along = (ground_x[rows] - o.x) / r + 0.6 * w["sun"], (z[rows] - o.z) / (0.7 * r)
         light[rows] *= 1 - 0.5 * np.exp(-2 * (across * across + along * along))
     ground *= light[..., None]
 
     # far to near: haze thickens with distance, edges blend by the covered fraction
     ground += (1 - np.exp(-w["density"] * z[..., None])) * (w["haze"] - ground)
-    for (oz, *_), (at, rgb, alpha, _) in reversed(kept):
-        rgb += (1 - math.exp(-w["density"] * oz)) * (w["haze"] - rgb)
+    for o, (at, rgb, alpha, _) in reversed(kept):
+        rgb += (1 - math.exp(-w["density"] * o.z)) * (w["haze"] - rgb)
         image[at] += alpha[..., None] * (rgb - image[at])
     image *= w["light"]
     image += w["noise"] * rng.standard_normal(image.shape, np.float32)
@@ -283,16 +294,17 @@ def scene(seed, index, size):
 
 def annotate(w, objects, owner, semantic, size):
     """Owner of each pixel (-1 = stuff) -> labels, boxes, masks and keypoints; see scene."""
-    classes = np.array([THINGS.index(o[2]) for o in objects], np.int64)
+    classes = np.array([THINGS.index(o.name) for o in objects], np.int64)
     masks = owner == np.arange(len(objects))[:, None, None]
     boxes = np.zeros((len(objects), 4), np.float32)
     keypoints = np.zeros((len(objects), 17, 3), np.float32)
-    for k, (z, x, _, _, pose, _) in enumerate(objects):
+    for k, o in enumerate(objects):
         ys, xs = np.flatnonzero(masks[k].any(1)), np.flatnonzero(masks[k].any(0))
         boxes[k] = xs[0], ys[0], xs[-1] + 1, ys[-1] + 1
-        if pose is not None:
-            p = (pose[:, :2] * (1, -1) + (x, w["height"])) * FOCAL / z + (0.5, w["horizon"])
-            p = np.column_stack([p * size, pose[:, 2]]).astype(np.float32)
+        if o.keypoints is not None:
+            p = o.keypoints[:, :2] * (1, -1) + (o.x, w["height"])
+            p = p * FOCAL / o.z + (0.5, w["horizon"])
+            p = np.column_stack([p * size, o.keypoints[:, 2]]).astype(np.float32)
             p *= ((p[:, :2] >= 0) & (p[:, :2] < size)).all(1, keepdims=True)
             top = owner[p[:, 1].astype(int), p[:, 0].astype(int)]
             p[:, 2] = np.minimum(p[:, 2], np.where((top >= 0) & (top < k), 1, 2))  # a nearer object

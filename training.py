@@ -51,6 +51,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(usage="%(prog)s [FLAGS]", description=description, formatter_class=Help)
         self.adders = [self.add_argument_group(name).add_argument for name in GROUPS]
 
+    def parse_args(self, *argv):
+        args = super().parse_args(*argv)
+        for name, value in vars(args).items():
+            if value == "":
+                self.error(f"--{name.replace('_', '-')} is empty; is a variable not set?")
+        return args
+
     def error(self, message):
         self.exit(2, f"error: {message}\n")
 
@@ -140,15 +147,20 @@ def add_finetune_flags(parser):
 
 
 def parse(parser, presets, argv=None):
-    """Parse argv or end with exit code 2; presets: {name: defaults that given flags override}."""
+    """Parse argv or end with exit code 2; presets: {name: defaults that given flags override}. A
+    default of --steps does not override --epochs on the command line."""
     if old := too_old():
         parser.error(old)
     first = argparse.ArgumentParser(add_help=False)         # so that --help shows its defaults
     first.error = parser.error
-    first.add_argument("--preset")
-    parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
+    for flag in ("--preset", "--epochs", "--steps"):
+        first.add_argument(flag)
+    given = first.parse_known_args(argv)[0]
+    parser.set_defaults(**presets.get(given.preset, {}))
+    if given.epochs and not given.steps:
+        parser.set_defaults(steps=None)
     args = parser.parse_args(argv)
-    if not args.data:                                       # or empty: a variable that is not set
+    if args.data is None:
         parser.error("--data is missing: a folder, or toyworld")
     if vars(args).get("load") is not None and not args.init:
         parser.error("--load chooses parts of --init, which is missing")
@@ -287,9 +299,11 @@ def start(args):
     run.print0(f"device {device}, {run.world} process(es), {words}")
     if args.check:
         return run
-    if Path(args.out, "last.pt").exists() and not (args.resume or args.eval):
-        raise InputError(f"--out {args.out}: holds a run already; --resume continues it, another "
-                         "--out starts a new one")
+    held = [name for name in ("last.pt", "best.pt") if Path(args.out, name).exists()]
+    if held and not (args.resume or args.eval):
+        way = "--resume continues it, " if held[0] == "last.pt" else ""
+        raise InputError(f"--out {args.out}: holds {held[0]} of a run already; {way}another --out "
+                         "starts a new one")
     if not args.eval:                                       # a mistyped --out makes no folder
         try:
             Path(args.out, "samples").mkdir(parents=True, exist_ok=True)
@@ -371,8 +385,8 @@ class Progress:
 
     def due(self, step, args, every):
         """What is due after this step: log, a line of log; save, a checkpoint; stop, the end (a
-        signal's number, the same on all processes, or 0); evaluate, an evaluation. Those come every
-        `every` steps and after the last one; the run is saved before each, because it may fail."""
+        signal's number, the same on all processes, or 0); evaluate, an evaluation: every `every`
+        steps and after the last one. The run is saved before each of these, as it may fail."""
         stop, evaluate = self.stops(), step % every == 0 or step == self.bar.total
         save = evaluate or bool(stop) or step % args.save_every == 0
         return SimpleNamespace(log=save or step % 20 == 0, save=save, stop=stop, evaluate=evaluate)
@@ -444,6 +458,12 @@ def eval_picture(args, run):
         run.print0(f"note: no picture, {path.parent} cannot be written ({error.strerror})")
         return None
     return path
+
+
+def flip_test(args):
+    """Whether an answer is averaged with that for the mirror image: not if no photo was mirrored in
+    training."""
+    return not (args.overfit or args.no_flip)
 
 
 def percent(value, decimals=2):

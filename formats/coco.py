@@ -159,7 +159,8 @@ def photo_name(entry):
     # LVIS gives a web address alone; Windows writes folders with \\
     address = "/".join(str(entry.get("coco_url") or "").split("/")[-2:])
     name = entry.get("file_name") or address or entry["file_name"]
-    require(type(name) is str, f"its file_name {name} is no text")
+    require(type(name) is str, f"its file_name {str(name)[:60]} is no text")
+    require(len(name) <= 1024, f"its file_name {name[:60]}... is too long for a file's name")
     return Path(name.replace("\\", "/")).as_posix()
 
 
@@ -475,10 +476,12 @@ def panoptic_labels(number, segments, keys):
     return labels
 
 
-def open_coco(root, word, read, kind, keys, on_error):
+def open_coco(root, word, read, kind, keys, on_error, grading):
     """[training, validation] from the JSON files with `word` in their names; None without them.
-    read: coco_instances or coco_panoptic, to which kind and keys go."""
+    read: coco_instances or coco_panoptic, to which kind and keys go; grading: see open_folder."""
     files = coco_files(root, word)
+    if grading and files[0] is None and files[1] is not None:
+        return [read(root, files[1], "val", kind, keys, on_error)] * 2
     if files[0] is None and files[1] is not None:
         raise InputError(f"{files[1]}: a validation part without a training part; put train "
                          "into the training file's name; if this one is for both, take val out")
@@ -523,18 +526,24 @@ def coco_files(root, word):
         for name in names:                      # "test" only without "val"
             own = own or [p for p in found if p not in files and names_part(p, root) == name]
         if len(own) > 1:
-            raise InputError(f"--data {root}: {own[0].name} and {own[1].name} are both there; "
+            raise InputError(f"--data {root}: {' and '.join(below(own[:2], root))} are both there; "
                              "keep one of them")
         files += own or [None]
     if len(found) == 1 and files == [None, None]:
         return [found[0], None]
     if len(found) > 1 and files == [None, None]:
-        raise InputError(f"--data {root}: {found[0].name} or {found[1].name}? The name of the "
+        raise InputError(f"--data {root}: {' or '.join(below(found[:2], root))}? The name of the "
                          "training file must have train in it, the other's val")
     for path in found:
         if path not in files and any(files) and is_coco(path):
-            note(f"note: {path} is not used; {' and '.join(p.name for p in files if p)} are")
+            note(f"note: {path} is not used; "
+                 f"{' and '.join(below(filter(None, files), root))} are")
     return files
+
+
+def below(paths, root):
+    """Paths as texts from root on: Roboflow's files of all parts have one name."""
+    return [p.relative_to(root).as_posix() for p in paths]
 
 
 def names_part(path, root):

@@ -56,10 +56,10 @@ def replace_at_last(temporary, path):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, mark=""):
     """Within the block, the path of a temporary file, which then takes the place of `path`: that
-    is there as a whole or not at all."""
-    temporary = Path(f"{path}.tmp")
+    is there as a whole or not at all. mark: a part of its name where two may write at once."""
+    temporary = Path(f"{path}{mark}.tmp")
     try:
         yield temporary
         (replace_at_last if os.name == "nt" else os.replace)(temporary, path)

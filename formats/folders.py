@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from formats.coco import coco_instances, coco_panoptic, open_coco, panoptic_labels
+from formats.coco import coco_files, coco_instances, coco_panoptic, open_coco, panoptic_labels
 from formats.files import (
     IGNORE,
     LABELS,
@@ -34,6 +34,7 @@ from formats.files import (
     hold_out,
     limit_classes,
     list_images,
+    note,
     read_labels,
     read_lines,
     read_numbers,
@@ -86,9 +87,9 @@ def split_folders(root, split, *groups):
     return [tuple(pick(words, part) for words in groups) for part in SPLITS.get(split, ("",))]
 
 
-def photo_folders(root):
+def photo_folders(root, grading=False):
     """Where a folder's training and validation photos are, see data.open_pretraining; None: no such
-    part."""
+    part. grading: see open_folder."""
     found = []
     for split in ("train", "val"):
         plain = [subfolder(root, s) for s in SPLITS[split]]
@@ -96,16 +97,25 @@ def photo_folders(root):
         places = (photos if photos and (labels or not p) else p
                   for p, (photos, labels) in zip(plain, pairs))
         found.append(next(filter(None, places), None))
+    if found[0] and not found[1] and found[0].parent == root:       # a class may be called train
+        others = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != "."
+                        and p != found[0] and p.name not in LABELS + DEPTHS
+                        and any(f.suffix.lower() in SUFFIXES for f in p.rglob("*")))
+        if others:
+            note(f"note: {root}: of its folders {found[0].name} alone is read, without "
+                 f"{', '.join(others[:5])}; to read all, give {found[0].name} another name")
+    if grading and found[1]:
+        found[0] = found[0] or found[1]
     if found[0]:
         return found
     [(photos, labels)] = split_folders(root, None, PHOTOS, LABELS + DEPTHS)
     return photos if photos and labels else root, None
 
 
-def find_pairs(root, photo_words, label_words, on_error):
+def find_pairs(root, photo_words, label_words, on_error, grading):
     """{split: (folder of labels, records with photo, id and label)}; {} if the format is another.
     Photo and PNG have the same name but for the ending. Without train/ and val/ the split is
-    None."""
+    None. grading: see open_folder."""
     found = {}
     for split in ("train", "val", None):
         pairs = split_folders(root, split, photo_words, label_words)
@@ -134,7 +144,7 @@ def find_pairs(root, photo_words, label_words, on_error):
             refuse(f"{maps[orphans[0]]}: no photo of this name in {photos} ({len(orphans)} such "
                    "label maps)", on_error)
         found[split] = labels, records
-    return {} if set(found) == {"val"} else found
+    return {} if set(found) == {"val"} and not grading else found
 
 
 def bare(path, folder):
@@ -146,6 +156,8 @@ def bare(path, folder):
 def both_parts(root, found, read, **about):
     """What find_pairs found -> [training, validation] Source."""
     sources = [Source(records, read, **about) for _, records in found.values()]
+    if set(found) == {"val"}:                               # see open_folder's grading
+        return sources * 2
     return sources if len(sources) == 2 else hold_out(root, sources[0])
 
 
@@ -233,14 +245,15 @@ def refuse_doubtful(root, counts):
                              f"other's {sorted(other)[:8]}: save both with the same")
 
 
-def open_masks(root, on_error, ignore_label=None, first_label=None):
+def open_masks(root, on_error, ignore_label, first_label, grading):
     """[training, validation] of photos and label maps; None if the format is another."""
-    found = find_pairs(root, PHOTOS, LABELS, on_error)
+    found = find_pairs(root, PHOTOS, LABELS, on_error, grading)
     if not found:
         return None
     labels, _ = next(iter(found.values()))
     # in ADE20K 0 means unlabelled; other data sets use its folder names, but not its class list
-    ade = labels == root / "annotations" / "training" and (root / "objectInfo150.txt").exists()
+    ade = labels in [root / "annotations" / p for p in ("training", "validation")] \
+        and (root / "objectInfo150.txt").exists()
     first = first_label if first_label is not None else int(ade)
     names = class_names(root)
     values = class_values(root, found, names, first, ignore_label, on_error)
@@ -274,12 +287,12 @@ def read_semantic(table, values, record):
     return {"semantic": label.astype(np.uint8)}, raw.shape
 
 
-def open_ade_instances(root, keys, on_error):
+def open_ade_instances(root, keys, on_error, grading):
     """ADE20K's challenge folder -> [training, validation] with panoptic maps, things first in the
     order of the instance challenge; None if there is no annotations_instance."""
     if not (root / "annotations_instance").is_dir():
         return None
-    found = find_pairs(root, ("images",), ("annotations",), on_error)
+    found = find_pairs(root, ("images",), ("annotations",), on_error, grading)
     places = [root / "categoryMapping.txt", root / "annotations_instance" / "categoryMapping.txt",
               root / "ade20k_instance_catid_mapping.txt"]
     place = next((p for p in places if p.is_file()), None)
@@ -338,9 +351,9 @@ def read_ade_instances(read, order, things, keys, record):
     return found, size
 
 
-def open_depth_pairs(root, on_error, scale):
+def open_depth_pairs(root, on_error, scale, grading):
     """[training, validation] of photos and depth maps; None if the format is another."""
-    found = find_pairs(root, PHOTOS, DEPTHS, on_error)
+    found = find_pairs(root, PHOTOS, DEPTHS, on_error, grading)
     return both_parts(root, found, partial(read_depth, scale)) if found else None
 
 
@@ -391,36 +404,40 @@ def open_lists(root, on_error, scale):
 
 
 def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None,
-                depth_scale=1000.0):
+                depth_scale=1000.0, grading=False):
     """[training, validation] Source with the labels named in `keys`; InputError if nothing fits.
 
     The format is recognised by what lies in the folder. Photos without objects stay in the set
     (DETR's and the evaluation's rule), but not in training with masks (Mask2Former's).
-    on_error: "stop" at what is broken, or "skip" it and say so on stderr. The last three are the
-    values of --ignore-label, --first-label (see class_values) and --depth-scale.
+    on_error: "stop" at what is broken, or "skip" it and say so on stderr. Then the values of
+    --ignore-label, --first-label (see class_values) and --depth-scale. grading: with --eval a
+    validation part alone will do, and stands for both.
     """
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"--data {root}: no such folder; give a folder, or the word toyworld")
-    coco = partial(open_coco, root, keys=keys, on_error=on_error)
+    coco = partial(open_coco, root, keys=keys, on_error=on_error, grading=grading)
     instances = partial(coco, "instance", coco_instances, "instances")
     panoptic = partial(coco, "panoptic", coco_panoptic, "panoptic")
-    ade = partial(open_ade_instances, root, keys, on_error)
+    ade = partial(open_ade_instances, root, keys, on_error, grading)
     ways = {"depth": (partial(open_lists, root, on_error, depth_scale),
-                      partial(open_depth_pairs, root, on_error, depth_scale)),
+                      partial(open_depth_pairs, root, on_error, depth_scale, grading)),
             "keypoints": (partial(coco, "keypoints", coco_instances, "keypoints"),),
             # JSON files that were made of ADE20K's maps lack what its label maps say of things
             "panoptic": (ade, panoptic), "masks": (instances, ade, panoptic),
             "boxes": (instances,),
-            "semantic": (partial(open_masks, root, on_error, ignore_label, first_label),
+            "semantic": (partial(open_masks, root, on_error, ignore_label, first_label,
+                                 grading),
                          panoptic)}
     kind = next((k for k in ways if k in keys), None)
     if kind is None:
         raise ValueError(f"keys {list(keys)}: give one of {', '.join(ways)}")
     sources = next((found for way in ways[kind] if (found := way())), None)
     if not sources:
+        instances = kind == "semantic" and any(coco_files(root, "instance"))
+        way = "; for the instances that it holds, give --tasks instance" * instances
         raise InputError(f"--data {root}: nothing in it fits; expected {EXPECTED[kind]} (or "
-                         "the word toyworld)")
+                         f"the word toyworld){way}")
     sources[0].habit["records"] = sources[0].habit["records"] + sources[1].records
     sources[1].habit = sources[0].habit
     for source, part in zip(sources, ("training", "validation")):

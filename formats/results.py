@@ -11,6 +11,7 @@ Every file is written under another name and renamed: it is there as a whole or 
 import json
 import os
 from collections import defaultdict
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def find(images, out):
         if len(os.fsencode(name.name)) > LONGEST:           # endings must fit into 255 bytes, too
             name = name.with_name(os.fsencode(name.name)[:LONGEST].decode(errors="ignore"))
         stem = name.with_suffix("").as_posix()
-        names = (stem, name.as_posix(), *(f"{stem}-{n}" for n in range(2, len(pairs) + 2)))
+        names = chain((stem, name.as_posix()), (f"{stem}-{n}" for n in count(2)))
         name = next(n for n in names if not taken & set(pngs(n.lower())))
         taken.update(pngs(name.lower()))
         found.append((path, name))

@@ -51,7 +51,7 @@ def masks_ceiling(task, path, share, size):
             answer = (owner + 1) * (best > 0), dict(enumerate(labels.tolist(), 1))
         finetune_seg.grade(task, metric, answer, truth, val.things)
     result = metric.result()
-    return {name: result[name] for name in finetune_seg.REPORT[task]}
+    return {name: result[name] for name in finetune_seg.REPORTED[task]}
 
 
 def pose_ceiling(path, share, sigma=1.0):
