@@ -358,12 +358,12 @@ def objects_per_image(tasks, targets, run):
             for objects, images in zip(sums, sums[len(counts):])]
 
 
-def batch_loss(answers, asked, targets, density, canvas, points):
+def batch_loss(answers, asked, targets, per_image, canvas, points):
     """Mean of the tasks' losses, weighted by their number of images in this batch; averaged over
     the processes, each task then counts in proportion to all of its images.
-    answers: from Segmenter; asked: from slices; density: from objects_per_image. A scalar."""
+    answers: from Segmenter; asked: from slices; per_image: from objects_per_image. A scalar."""
     total = 0
-    for (classes, masks), mine, objects in zip(answers.values(), asked.values(), density):
+    for (classes, masks), mine, objects in zip(answers.values(), asked.values(), per_image):
         own = targets[mine]
         loss = segmentation_loss(classes, masks, own, canvas, objects * len(own), points)
         total = total + len(own) / len(targets) * loss["loss"]
@@ -416,7 +416,7 @@ def main(args):
             # the objects of the whole step: their gradient is that of one large batch. The class
             # loss is a mean over the queries of each micro-step, as in Mask2Former.
             parts = [run.fetch(loader) for _ in range(args.accumulate)]
-            density = objects_per_image(args.tasks, [t for *_, ts in parts for t in ts], run)
+            per_image = objects_per_image(args.tasks, [t for *_, ts in parts for t in ts], run)
 
             # Each task asks about its own images of the batch; encoder and decoder serve them all.
             for micro, (images, layout, targets) in enumerate(parts, 1):
@@ -425,7 +425,7 @@ def main(args):
                     with run.autocast():
                         answers = ddp(images, layout, asked, every_layer=True)
                     canvas = [n * model.glid.config.unit for n in layout.grid_units]
-                    loss = batch_loss(answers, asked, targets, density, canvas,
+                    loss = batch_loss(answers, asked, targets, per_image, canvas,
                                       args.points) / args.accumulate
                     loss.backward()
                 bar.add(loss)

@@ -1,6 +1,6 @@
 """
-The tables and curves of the paper, each as one command, which writes raw numbers, a Markdown table
-and pictures to --results. (results/ holds the published ones.)
+The paper's Tables 3 to 8 and Figures 4 and 5, each as one command, which writes raw numbers, a
+Markdown table and pictures to --results. (results/ holds the published ones.)
 
     python reproduce.py table4 --preset tiny --seeds 4 --jobs 2       # drawn photos, two CPU cores
     python reproduce.py figure5 --preset tiny --seeds 4 --tasks depth # the same runs, as curves

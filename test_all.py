@@ -1351,9 +1351,9 @@ def test_every_parameter_learns_in_multitask():
     def loss_of(images, targets, tasks):
         targets = [t | {"task": task} for t, task in zip(targets, tasks)]
         asked = finetune_seg.slices(ALL_TASKS, targets)
-        density = finetune_seg.objects_per_image(asked, targets, training.Run(torch.device("cpu")))
+        found = finetune_seg.objects_per_image(asked, targets, training.Run(torch.device("cpu")))
         answers = net(images, whole(TINY, images), asked, every_layer=True)
-        return finetune_seg.batch_loss(answers, asked, targets, density, (64, 64), 128)
+        return finetune_seg.batch_loss(answers, asked, targets, found, (64, 64), 128)
     images, targets = seg_batch([(0, 2), (1,), (0, 1), (2, 0, 1)])
     loss = loss_of(images, targets, ["instance", "instance", "panoptic", "semantic"])
     assert not without_gradient(net, loss)
@@ -1400,8 +1400,8 @@ def test_multitask_loss_is_a_mean_over_images():
             asked = finetune_seg.slices(ALL_TASKS, targets)
             answers = {t: (classes[:, share[mine]], masks[:, share[mine]])
                        for t, mine in asked.items()}
-            density = finetune_seg.objects_per_image(asked, targets, state)
-            found.append(finetune_seg.batch_loss(answers, asked, targets, density, (64, 64), 32))
+            per_image = finetune_seg.objects_per_image(asked, targets, state)
+            found.append(finetune_seg.batch_loss(answers, asked, targets, per_image, (64, 64), 32))
         return np.mean(found)
     for images_each in (3, 2, 1):
         assert abs(mean_loss(images_each) / mean_loss(6) - 1) < 1e-4

@@ -600,17 +600,18 @@ def set_lr(optimizer, lr):
 
 class Log:
     """One JSON object a line in OUT/log.jsonl; write(name=value) adds one, on rank 0. A resumed run
-    drops the lines that a killed run wrote after its last checkpoint, with `due` also the
-    evaluation of `step`, because it is done again."""
+    drops the lines that a killed run wrote after its last checkpoint; if `step` is still ungraded,
+    also its evaluation, because it is done again."""
 
-    def __init__(self, args, run, step, due=False):
+    def __init__(self, args, run, step, ungraded=False):
         self.path = Path(args.out, "log.jsonl") if run.rank == 0 else None
         if self.path and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             lines = [line for line in lines if line.endswith("}")]
             rows = [json.loads(line) for line in lines]
             lines = [line + "\n" for line, row in zip(lines, rows)
-                     if row["step"] < step or (row["step"] == step and ("lr" in row or not due))]
+                     if row["step"] < step + (not ungraded) or (
+                         row["step"] == step and "lr" in row)]
             with replacing(self.path) as kept:
                 kept.write_text("".join(lines), encoding="utf-8")
 
