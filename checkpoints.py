@@ -146,7 +146,8 @@ CHANGEABLE = {"resume", "eval", "check", "workers", "out", "compile", "device", 
 ANSWERS = {"preset", "window", "decoder_layers", "tasks", "queries", "many_queries", "min_depth",
            "max_depth", "norm_pix", "sigma", "no_flip", "flip_pairs"}
 # flags that change the grades of the same weights; --eval says so
-GRADES = "size", "crop", "object_threshold", "overlap_threshold"
+GRADES = ("size", "object_threshold", "overlap_threshold", "eigen_crop", "overfit", "depth_scale",
+          "ignore_label", "first_label")
 
 
 MEANING = "classes", "category_ids", "joints", "things", "kinds"
@@ -164,6 +165,8 @@ def compare(checkpoint, path, args, dataset):
     """InputError for a checkpoint that other flags made or whose answers mean something else."""
     then, now, answers = checkpoint["args"], vars(args), answer_names(dataset)
     bound = ANSWERS if args.eval else now.keys() - CHANGEABLE
+    if args.eval and not {"max_depth", "sigma"} & now.keys():
+        bound = bound - {"no_flip"}             # depth and pose alone have a flip test
     changed = [k for k in now if k in bound and then.get(k) != now[k]]
     # the same photos may lie elsewhere, as on a cluster's scratch disk; drawn ones have no names
     if "data" in changed and answers["photos"] and answers["photos"] == checkpoint.get("photos"):
@@ -208,7 +211,7 @@ def resume(args, model, optimizer, run, dataset):
                          f"{checkpoint['preset']} ({str(error).splitlines()[0]})") from None
     run.print0(f"{path}: step {checkpoint['step']}, trained on {checkpoint['args']['data']}")
     images = run.total_batch(args)
-    was = checkpoint["total_batch"]
+    was = checkpoint.get("total_batch", images)
     if was != images and not args.eval:
         if not args.steps:                  # the step, counted anew, would be at another epoch
             raise InputError(f"--batch-size {args.batch_size}: a step of {path} has {was} images, "
@@ -217,9 +220,9 @@ def resume(args, model, optimizer, run, dataset):
     for key in GRADES if args.eval else ("steps", "epochs", "lr"):
         was, now = checkpoint["args"].get(key), getattr(args, key, None)
         if was != now:
-            run.print0(f"--{key.replace('_', '-')} {now or 'not given'} now, "
-                       f"{was or 'not given'} before")
-    return checkpoint["step"], checkpoint["best"], checkpoint["due"]
+            now, was = ("not given" if v is None or v is False else v for v in (now, was))
+            run.print0(f"--{key.replace('_', '-')} {now} now, {was} before")
+    return checkpoint["step"], checkpoint["best"], checkpoint.get("due", False)
 
 
 def save_checkpoint(args, model, optimizer, run, step, best, dataset, is_best=False,

@@ -92,14 +92,15 @@ def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop",
         train = ToyWorld("train", max(1, round(fraction * count)), size, world, keys)
         return [train, train if overfit else ToyWorld("val", val, size, world, keys)]
     train, val = open_folder(path, keys, on_error, **reading)
+    alone = train is val                                    # see open_folder's grading
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     train = train.subset(sorted(order[:max(1, round(fraction * len(train)))].tolist()))
     if not any(map(shows, train.records)):
         raise InputError(f"--data-fraction {fraction}: no object in the {len(train)} training "
                          "photos that it leaves; take more")
-    val = train if overfit else val
+    val = train if overfit and not alone else val
     val = readable(val) if on_error == "skip" else val
-    return [val if overfit else train, val]
+    return [val if overfit or alone else train, val]
 
 
 # -----------------------------------------------------------------------------
@@ -180,16 +181,14 @@ class Pretraining:
         return (height - side) // 2, (width - side) // 2, side, side
 
 
-def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="stop", ours=None,
-                     grading=False):
+def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="stop", ours=None):
     """(training set, validation set) of Pretraining samples.
 
     path: see toy_scenes, or a folder with train/ and val/ inside (ImageNet's format), or any
     folder of photos, of which every 20th in path order is then kept for validation. Where labels
     lie beside a folder images/, or depth maps beside rgb/, only images/ or rgb/ is read.
     on_error "skip": all validation photos are read once, and unreadable ones are left out.
-    config: model.Config; ours: see list_images; grading: see open_folder. InputError if size, mask
-    or folder do not fit.
+    config: model.Config; ours: see list_images. InputError if size, mask or folder do not fit.
     """
     side = config.image_size // config.unit
     if config.image_size % config.unit:
@@ -206,7 +205,7 @@ def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="
         sources = [ToyWorld(split, n, config.image_size, world)
                    for split, n in (("train", train), ("val", val))]
     else:
-        train, val = photo_folders(Path(path), grading)
+        train, val = photo_folders(Path(path), ours)
         files = list_images(train, ours=ours)
         sources = [Photos(files), Photos(list_images(val, ours=ours))] if val else hold_out(
             files[0].parent, Photos(files))

@@ -42,7 +42,7 @@ PART = 2**22                    # float numbers of mask logits to hold at the or
 QUERIES = {"semantic": 100, "instance": 200, "panoptic": 200}           # M [paper]
 # what is reported; the first of each chooses best.pt
 REPORTED = {"semantic": ["mIoU"], "instance": ["AP", "AP50", "AP75"],
-          "panoptic": ["PQ", "PQ_things", "PQ_stuff"]}
+            "panoptic": ["PQ", "PQ_things", "PQ_stuff"]}
 
 PRESETS = {
     # two CPU cores, about a minute. The pre-trained decoder distinguishes queries by positions of

@@ -150,7 +150,7 @@ def main(args):
     run = training.start(args)
     config = training.model_config(args, image_size=args.size)
     train, val = open_pretraining(args.data, config, args.mask, args.mask_ratio, args.seed,
-                                  args.on_error, Path(args.out, "samples"), args.eval)
+                                  args.on_error, Path(args.out, "samples"))
     survey(args, train, val, run)
 
     torch.manual_seed(args.seed)                                            # same weights on all

@@ -217,8 +217,6 @@ def do(fit, commit):
     out.mkdir(parents=True, exist_ok=True)
     script, begun = import_module(fit.script), time.perf_counter()
     resume = ["--resume"] * (out / "last.pt").exists()
-    if not resume:                                          # killed between its first two files
-        (out / "best.pt").unlink(missing_ok=True)
     args = training.parse(script.flags(), script.PRESETS, [*fit.argv, "--out", fit.out, *resume])
 
     def record(**more):                                     # after a part of the run, or all of it

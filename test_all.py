@@ -528,6 +528,7 @@ def test_every_parameter_learns():
             answers = task(images, tokens, SEMANTIC, True)["semantic"]
         assert prediction.shape == target.shape == (2, 12, 3 * 16 * 16)
         assert (prediction.dtype == torch.bfloat16) == half
+        assert answers[0].dtype == torch.float32 and (answers[1].dtype == torch.bfloat16) == half
         loss = losses.reconstruction_loss(prediction, target)
         other = losses.segmentation_loss(*answers, targets, (64, 64), 3, 128)["loss"]
         assert loss.dtype == other.dtype == torch.float32
@@ -2473,17 +2474,17 @@ def test_grading_needs_no_training_photos():
                 for i in range(3)})),
             ("depth", lambda at: fill(at, {
                 f"{p}/val/{i}.png": v for i in range(3) for p, v in (
-                    ("rgb", PHOTO), ("depth", label.astype(np.uint16) * 1000 + 500))}))):
+                    ("rgb", PHOTO), ("depth", label.astype(np.uint16) * 1000 + 500))})),
+            ("depth", lambda at: fill(at, {f"{i}.png": PHOTO for i in range(3)} | {
+                f"d{i}.png": label.astype(np.uint16) * 1000 + 500 for i in range(3)} | {
+                "nyudepthv2_test_files_with_gt.txt": "\n".join(
+                    f"{i}.png d{i}.png 518.8" for i in range(3))})),
+            ("masks", lambda at: coco(at, [{}], "instances_val", 3, photos="val/{}"))):
         with folder() as at:
             fill_in(at)
             refused(at, key, "nothing in it fits" if key in ("semantic", "depth") else "val")
             train, val = opened(at, key, grading=True)
-            assert val.ids == train.ids and len(val) == len(list(val)) == 3 - (key == "keypoints")
-    with folder() as at:
-        fill(at, {f"val/{i}.png": np.zeros((32, 32, 3), np.uint8) for i in range(3)})
-        for grading, count in (True, 3), (False, 1):
-            _, val = data.open_pretraining(at, TINY, grading=grading)
-            assert len(val) == count
+            assert val is train and len(val) == len(list(val)) == 3 - (key == "keypoints")
     with folder() as at, quiet():                           # the whole way, all three are graded
         coco(at, [dict(image_id=i) for i in range(3)], "instances_train", 3, photos="train/{}")
         flags = ["--data", at, "--workers", 0, "--batch-size", 2, "--size", 32, "--out", at / "o"]
@@ -2492,7 +2493,7 @@ def test_grading_needs_no_training_photos():
         (at / "train").rename(at / "val")
         with contextlib.redirect_stdout(io.StringIO()) as said:
             finetune_det.main(args_for(finetune_det, *flags, "--eval"))
-        assert "of 3 images" in said.getvalue(), said.getvalue()
+        assert "of 3 images" in said.getvalue() and "both parts" not in said.getvalue()
 
 
 def test_a_class_of_photos_may_be_called_train():
@@ -2501,6 +2502,9 @@ def test_a_class_of_photos_may_be_called_train():
             write_photo(at / f"veh/{name}/1.png", (32, 32))
         assert formats.photo_folders(at / "veh") == [at / "veh/train", None]
         assert "train alone is read, without bus, truck" in said.getvalue()
+        write_photo(at / "own/train/1.png", (32, 32))       # our pictures are not passed over
+        write_photo(at / "own/out/samples/1.png", (32, 32))
+        assert formats.photo_folders(at / "own", at / "own/out/samples")[0]
         write_photo(at / "veh/val/1.png", (32, 32))         # now it is a part
         assert formats.photo_folders(at / "veh") == [at / "veh/train", at / "veh/val"]
     assert said.getvalue().count("note") == 1
@@ -4453,7 +4457,8 @@ def test_wrong_input_is_one_line():
             (pretrain, "--batch-size", "--data", at / "photos", "--batch-size", 64),
             (pretrain, "--lr", *toy, "--data", "toyworld:8", "--lr", 1e30, "--workers", 0),
             (pretrain, "--resume", *toy, "--out", at / "used"),
-            (finetune_seg, "best.pt", *toy, "--init", at / "lone/best.pt", "--out", at / "lone"),
+            (finetune_seg, "holds best.pt", *toy, "--init", at / "lone/best.pt",
+             "--out", at / "lone"),
             *((finetune_seg, f"{flag} is empty", flag, "") for flag in
               ("--init", "--out", "--init-backbone", "--data")),
             (pretrain, "--out", *toy, "--out", at / "photos/1.jpg"),

@@ -137,7 +137,7 @@ class Layout:
         owner = None
         if mixed:
             wide = max(self.grid_units) * side // w + 2     # windows along any axis, or more
-            number = (image * wide + window[..., 0]) * wide + window[..., 1]    # no two have one
+            number = (image * wide + window[..., 0]) * wide + window[..., 1]    # in the batch
             owner = place.new_full((rows * w * w,), -1)
             owner = owner.index_put_((place,), number.view(-1)).view(rows, w * w)
         return Windows(token, place, owner, image.reshape(-1), self.batch)

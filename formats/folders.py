@@ -87,9 +87,9 @@ def split_folders(root, split, *groups):
     return [tuple(pick(words, part) for words in groups) for part in SPLITS.get(split, ("",))]
 
 
-def photo_folders(root, grading=False):
+def photo_folders(root, ours=None):
     """Where a folder's training and validation photos are, see data.open_pretraining; None: no such
-    part. grading: see open_folder."""
+    part. ours: see list_images."""
     found = []
     for split in ("train", "val"):
         plain = [subfolder(root, s) for s in SPLITS[split]]
@@ -100,12 +100,11 @@ def photo_folders(root, grading=False):
     if found[0] and not found[1] and found[0].parent == root:       # a class may be called train
         others = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != "."
                         and p != found[0] and p.name not in LABELS + DEPTHS
+                        and not (ours and ours.resolve().is_relative_to(p.resolve()))
                         and any(f.suffix.lower() in SUFFIXES for f in p.rglob("*")))
         if others:
             note(f"note: {root}: of its folders {found[0].name} alone is read, without "
                  f"{', '.join(others[:5])}; to read all, give {found[0].name} another name")
-    if grading and found[1]:
-        found[0] = found[0] or found[1]
     if found[0]:
         return found
     [(photos, labels)] = split_folders(root, None, PHOTOS, LABELS + DEPTHS)
@@ -369,13 +368,15 @@ def read_depth(scale, record):
     return {"depth": depth}, depth.shape
 
 
-def open_lists(root, on_error, scale):
+def open_lists(root, on_error, scale, grading):
     """BTS's format, where each line of a list names photo, depth map and (not used) focal length ->
-    [training, validation], or None without a list of training photos."""
+    [training, validation], or None without a list of training photos. grading: see open_folder."""
     found = {}
-    for split in ("train", "test"):
+    for part, split in (("train", "train"), ("val", "test")):
         path = min((p for p in root.glob(f"*{split}_files_with_gt.txt") if p.name[0] != "."),
                    default=None)
+        if path is None and grading:
+            continue
         if path is None:
             break
         records, lines = [], read_lines(path)
@@ -394,7 +395,7 @@ def open_lists(root, on_error, scale):
                 records.append(dict(photo=place[0], id=words[0], label=place[1]))
             else:
                 refuse(f"{path}: line {n}: {' or '.join(words[:2])} is not in {root}", on_error)
-        found[split] = path, records
+        found[part] = path, records
     read = partial(read_depth, scale)
     return both_parts(root, found, read, kinect_frame=True) if found else None
 
@@ -420,7 +421,7 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
     instances = partial(coco, "instance", coco_instances, "instances")
     panoptic = partial(coco, "panoptic", coco_panoptic, "panoptic")
     ade = partial(open_ade_instances, root, keys, on_error, grading)
-    ways = {"depth": (partial(open_lists, root, on_error, depth_scale),
+    ways = {"depth": (partial(open_lists, root, on_error, depth_scale, grading),
                       partial(open_depth_pairs, root, on_error, depth_scale, grading)),
             "keypoints": (partial(coco, "keypoints", coco_instances, "keypoints"),),
             # JSON files that were made of ADE20K's maps lack what its label maps say of things
@@ -434,7 +435,9 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
         raise ValueError(f"keys {list(keys)}: give one of {', '.join(ways)}")
     sources = next((found for way in ways[kind] if (found := way())), None)
     if not sources:
-        instances = kind == "semantic" and any(coco_files(root, "instance"))
+        instances = False
+        with contextlib.suppress(InputError):               # several JSON files that name no part
+            instances = kind == "semantic" and any(coco_files(root, "instance"))
         way = "; for the instances that it holds, give --tasks instance" * instances
         raise InputError(f"--data {root}: nothing in it fits; expected {EXPECTED[kind]} (or "
                          f"the word toyworld){way}")
@@ -447,7 +450,8 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
             raise InputError(f"--data {root}: no object, or no joint, in its whole {part} part"
                              + "; all objects have iscrowd 1, which some tools write for all "
                              "that is painted: set it to 0 in the JSON" * crowds)
-    if kind == "masks" and "labels" in (sources[0].records or [{}])[0]:
+    if kind == "masks" and sources[0] is not sources[1] and "labels" in (
+            sources[0].records or [{}])[0]:
         alone = [i for i, r in enumerate(sources[0].records) if (~r["labels"]["iscrowd"]).any()]
         sources[0] = sources[0].subset(alone)
     for source, part in zip(sources, ("training", "validation")):
