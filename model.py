@@ -226,12 +226,15 @@ class Fusion(nn.Module):
 
     This is EfficientDet's "fast normalised fusion" with LayerNorm instead of BatchNorm: LayerNorm
     works on packed tokens, and no batch statistics change from pre-training to fine-tuning.
+    Hidden tokens are zero before the convolution and dropped after it, so they stay hidden. Its
+    weights lie as their gradient does (channels last), or DDP warns and copies.
     """
 
     def __init__(self, dim, inputs):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(inputs))
         self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.depthwise.to(memory_format=torch.channels_last)
         self.pointwise = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
 
@@ -240,7 +243,6 @@ class Fusion(nn.Module):
         weight = self.weight.relu()
         weight = weight / (weight.sum() + 1e-4)
         x = F.silu(sum(w * m for w, m in zip(weight, maps)))
-        # hidden tokens are zero before the convolution and dropped after it: they stay hidden
         grid = scatter(x, shape, place).permute(0, 3, 1, 2)         # [B, D, H, W] channels last
         grid = self.depthwise(grid).permute(0, 2, 3, 1)             # [B, H, W, D]
         x = Collect.apply(grid.reshape(-1, grid.shape[-1]), place)
