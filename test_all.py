@@ -1166,7 +1166,8 @@ def train_by_hand(net, args, train, scales, loss_of):
     torch.save({"model": net.state_dict()}, args.out + "/hand.pt")
     assert weights_differ(args.out + "/last.pt", args.out + "/hand.pt") < STEADY
     log = [json.loads(line) for line in Path(args.out, "log.jsonl").read_text().splitlines()]
-    assert_close(torch.tensor([(r["loss"], r["lr"]) for r in log if "loss" in r]),
+    assert_close(torch.tensor([(r.get("loss", r.get("loss_x1000", 0) / 1000), r["lr"])
+                               for r in log if "lr" in r]),
                  torch.tensor(rows)[:, :2], 1e-4, "losses and rates in the log")
     return torch.tensor(rows)[:, 2], log
 
@@ -3562,6 +3563,8 @@ def test_evaluation_needs_the_same_meaning():
     which the weights would mean something else."""
     for task, wrong in (("detection", ["--queries", 9]), ("depth", ["--max-depth", 5]),
                         ("depth", ["--no-flip"]), ("pose", ["--no-flip"]),
+                        ("depth", ["--min-depth", 0.5]), ("segmentation", ["--tasks", "semantic"]),
+                        ("pose", ["--sigma", 2]), ("detection", ["--window", 6]),
                         ("pose", ["--decoder-layers", 6]), ("segmentation", ["--queries", 9]),
                         ("pretraining", ["--decoder-layers", 6])):
         with folder() as at, quiet():
@@ -4670,6 +4673,193 @@ def test_one_training_step_is_short():
              and c.co_name not in ("examples", "fill")
              for n in range(c.co_firstlineno, max(x[2] or 0 for x in c.co_lines()) + 1)}
     assert 300 < len(spans) <= 900, f"{len(spans)} lines"
+
+
+# -----------------------------------------------------------------------------
+# What a flag says arrives where it is used
+
+
+def opened_by(script, *flags):
+    """Training and validation set that a script's main opens with these flags."""
+    found = []
+    with folder() as at, quiet(), patched(script, survey=lambda args, train, val, run: found.extend(
+            (train, val)) or fail(InputError("seen"))), raises(InputError, "seen"):
+        script.main(args_for(script, "--data", "toyworld:8", "--out", at / "o", *flags))
+    return found
+
+
+def test_pose_loop_does_what_it_says():
+    with folder() as at, quiet(), steady_adam():
+        args = args_by_hand(finetune_pose, at, "--data", "toyworld:8", "--batch-size", 2, "--steps",
+                            4, "--warmup-steps", 2, "--clip", 0.1, "--zoom", 0.3, "--rotation", 20)
+        finetune_pose.main(args)
+        torch.manual_seed(0)
+        net = PoseEstimator(TINY)
+        train = pose.open_pose("toyworld:8", (48, 32), augment=(0.3, 20.0))[0]
+
+        def loss_of(parts):
+            total = 0
+            for images, tokens, people in parts:
+                joints, labelled = (torch.stack([p[k] for p in people])
+                                    for k in ("joints", "labelled"))
+                truth = pose.heatmap_targets(joints, labelled, (48, 32), (24, 16), sigma=1.0)
+                total += losses.heatmap_loss(net(M.normalize(images), tokens), *truth) / 2
+            return total
+        norms, _ = train_by_hand(net, args, train, [training.multistep(
+            s, 4, finetune_pose.DROPS, 2) for s in range(4)], loss_of)
+    assert norms.min() < 0.1 < norms.max()
+
+
+def test_reproduce_gives_its_runs_the_flags():
+    args = reproduce.flags().parse_args(["table4"])
+    for row in reproduce.PARTS:
+        argv = [*reproduce.finetuning(args, row, "depth", 1).argv, "--load", "END"]
+        assert argv[argv.index("--load") + 1] == (row.load or "END")
+    for s in range(4):
+        assert reproduce.pretraining(args, row, s).argv[-2:] == ("--seed", str(s % 3))
+    for row, epochs in zip(reproduce.TABLES["table6"][1][1:], (10, 20, 30)):
+        argv = reproduce.pretraining(args, row, 0).argv
+        assert training.parse(pretrain.flags(), pretrain.PRESETS, argv).epochs == epochs
+
+
+def test_crowds_and_areas_reach_the_metric():
+    crowd = dict(iscrowd=1, area=4, segmentation=dict(counts=[0, 12, 36], size=[6, 8]))
+    seen, real = [], metrics.AveragePrecision.update
+    with folder() as at, quiet(), patched(metrics.AveragePrecision, update=lambda *a: (
+            seen.append(a[3]), real(*a))):
+        for part in ("train", "val"):
+            coco(at, [dict(area=7), crowd], f"instances_{part}", 1, f"{part}/{{}}")
+        for task, *more in (("detection",), ("segmentation", "--tasks", "instance")):
+            untrained(task, at / task, at, *more)
+            script, *flags = ASKED[task]
+            script.main(args_for(script, *flags, *more, "--data", at, "--workers", 0, "--eval",
+                                 "--out", at / task))
+    assert len(seen) == 2
+    for truth in seen:
+        assert np.asarray(truth["iscrowd"]).tolist() == [False, True]
+        assert np.asarray(truth["area"]).tolist() == [7, 4]
+    metric = mock.Mock()
+    finetune_seg.grade("panoptic", metric, (torch.zeros(1, 1), {}), {
+        "segments": torch.tensor([[1, 0, 1]]), "panoptic": torch.ones(1, 1)}, 1)
+    assert metric.update.call_args[0][3] == [dict(id=1, category=0, iscrowd=1)]
+
+
+def test_only_training_drops_paths():
+    """A loaded model drops nothing, an evaluation ends in the mode in which it began; the rate
+    grows from block to block."""
+    with folder() as at, quiet():
+        model = predict.load(untrained("depth", at, "toyworld:2", "--drop-path", 0.5), "cpu")
+    photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    assert torch.equal(model(photo)["depth"], model(photo)["depth"])
+    run, val = training.Run(torch.device("cpu")), data.open_segmentation("toyworld:2", 48)[1]
+    for script, part, *more in (
+            (finetune_depth, data.open_depth("toyworld:2", 48, 48)[1]),
+            (finetune_pose, pose.open_pose("toyworld:2", (48, 32))[1], 17),
+            (finetune_seg, val, val)):
+        args, modes = args_for(script, "--workers", 0, "--batch-size", 2), []
+        with quiet():
+            net = script.build(args, *more, run).train()
+            net.register_forward_pre_hook(lambda m, _, modes=modes: modes.append(m.training))
+            script.evaluate(net, part, args, run)
+        assert net.training and modes and not any(modes), script
+    net = M.Swin(Config(**vars(ODD) | dict(drop_path=0.7)))
+    rates = torch.stack([b.drop_path for s in net.stages for b in s])
+    assert_close(rates, torch.arange(8) / 10, 1e-6)
+
+
+def test_flags_of_data_arrive():
+    for script in FINETUNING:
+        assert len(opened_by(script, "--data-fraction", 0.5)[0].source) == 4, script
+    crop = next(t for t in opened_by(finetune_depth, "--crop", 48, 64)[0].transform.transforms
+                if isinstance(t, data.CropToFit))
+    assert (crop.height, crop.width) == (48, 64)
+    assert opened_by(pretrain, "--mask", "grid", "--size", 128)[0].mask == ("grid", 8, 0.75)
+    for script in (finetune_seg, finetune_depth):
+        for more, p in ([], 0.5), (["--no-flip"], 0):
+            steps = opened_by(script, *more)[0].transform.transforms
+            assert [t.p for t in steps if isinstance(t, data.v2.RandomHorizontalFlip)] == [p]
+    with folder() as at:
+        exported(at, "nyu", 2, 16)
+        near, far = (opened_by(finetune_depth, "--data", at, "--depth-scale", s)[1][0, 0]["depth"]
+                     for s in (1000, 500))
+        assert torch.equal(2 * near, far)
+        found = dict(image_id=0, category_id=0, bbox=[1, 2, 30, 40], score=0.5)
+        fill(at, {"b.json": json.dumps([found])})
+        assert sum(opened_by(finetune_pose, "--boxes", at / "b.json")[1].counts) == 1
+    seen = []
+    with folder() as at, quiet(), raises(InputError, "seen"), patched(
+            batching, training_loader=lambda *a, **k: seen.append(k.get("kinds", 1)) or fail(
+                InputError("seen"))):
+        finetune_seg.main(args_for(finetune_seg, "--data", "toyworld:16", "--tasks",
+                                   "semantic,instance", "--out", at / "o"))
+    assert seen == [2]
+
+
+def test_flags_of_answers_arrive():
+    """Windows, thresholds, mirrors, pairs of joints and a detector's scores."""
+    run, window, seen = training.Run(torch.device("cpu")), np.eye(64, dtype=bool), []
+    args, real = args_for(finetune_depth, "--workers", 0), metrics.DepthErrors.update
+    with quiet(), patched(finetune_depth, graded=lambda *a: window), patched(
+            metrics.DepthErrors, update=lambda *a: seen.append(a[3:]) or real(*a)):
+        finetune_depth.evaluate(finetune_depth.build(args, run),
+                                data.open_depth("toyworld:1", 64, 64)[1], args, run)
+    assert seen == [(window,)]
+    model, given, infer = asked("segmentation"), [], finetune_seg.panoptic_inference
+    with patched(finetune_seg, panoptic_inference=lambda *a: given.append(a[-2:]) or infer(*a)):
+        model(np.zeros((64, 64), np.uint8))
+    assert given == [(0.1, 0.3)]
+    net = noisy(pose_net()).eval()
+    args = args_for(finetune_pose, "--size", 64, 48, "--no-flip")
+    crops = torch.randint(256, (2, 3, 64, 48), dtype=torch.uint8)
+    with torch.no_grad():
+        plain = pose.decode(net(M.normalize(crops), whole(TINY, crops)), (64, 48), 1.0)[0]
+    assert np.allclose(finetune_pose.predict(net, crops, args, run)[0], plain, atol=1e-3)
+    model, seen, real = asked("pose"), [], finetune_pose.predict
+    with patched(model.args, flip_pairs="none"), patched(
+            finetune_pose, predict=lambda *a: seen.append(a[4]) or real(*a)):
+        model(np.zeros((64, 64), np.uint8))
+    assert seen == [list(range(17))]
+    scores, real = [], finetune_pose.answer
+    with patched(finetune_pose, answer=lambda p, *a: scores.append(p["scores"].tolist()) or real(
+            p, *a)):
+        model.joints_of(torch.zeros(3, 64, 64, dtype=torch.uint8),
+                        (np.array([[0.0, 0, 64, 64]]), np.array([0.5])))
+    assert scores == [[0.5]]
+
+
+def test_constants_are_those_of_the_sources():
+    """ImageNet's statistics, in the order red, green, blue; COCO's sigmas, areas and limits."""
+    black, white = (M.normalize(torch.full((1, 3, 1, 1), v, dtype=torch.uint8)).flatten()
+                    for v in (0, 255))
+    assert_close(black, torch.tensor([-2.1179, -2.0357, -1.8044]), 1e-4)
+    assert_close(white, torch.tensor([2.2489, 2.4286, 2.6400]), 1e-4)
+    assert (metrics.OKS_SIGMAS * 1000).round().tolist() == [
+        26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89]
+    for side, name in ((31, "s"), (33, "m"), (95, "m"), (97, "l")):
+        box = [[0, 0, side, side]]
+        r = average_precision("box", {"scores": [1], "boxes": box}, {"boxes": box}).result()
+        assert [n for n in "sml" if r[f"AP{n}"] == 1] == [name], side
+    assert metrics.AveragePrecision("keypoint", [0]).limits == [20]
+
+
+def test_numbers_of_pretraining():
+    """The peak rate is in proportion to the total batch; a reconstruction that is the truth shows
+    it; the validation error is that of a pixel value."""
+    told, args = [], args_for(pretrain, "--data", "toyworld:8", "--batch-size", 4,
+                              "--accumulate", 2)
+    args.lr = None
+    with folder() as at, quiet(), raises(InputError, "seen"), patched(
+            training, describe=lambda *a: told.append(a[6]) or fail(InputError("seen"))):
+        args.out = str(at / "o")
+        pretrain.main(args)
+    assert abs(told[0] - 1.2e-3 * 8 / 2048) < 1e-9
+    net, val = Pretrainer(TINY, norm_pix=True), data.open_pretraining("toyworld:3:3", TINY)[1]
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    net.forward = lambda x, tokens: [net.target(x, tokens.hidden_units)] * 2    # the truth
+    assert (pretrain.fill(net, images, masked(2, 4, 12))[2].int() - images.int()).abs().max() <= 1
+    net.forward = lambda x, tokens: [net.target(x, tokens.hidden_units) + k for k in (1, 0)]
+    args = args_for(pretrain, "--batch-size", 2, "--workers", 0)
+    assert abs(pretrain.evaluate(net, val, args, training.Run(torch.device("cpu"))) - 1) < 1e-5
 
 
 # -----------------------------------------------------------------------------
