@@ -441,7 +441,7 @@ class Detection:
 
     Training: image uint8 [3, H, W], labels int64 [N], boxes float [N, 4] = centre x, y, width,
               height in 0..1 of the image; no crowds, and no boxes that a crop left without area.
-    Test:     image as the network gets it; index; original = (H0, W0) of the photo; labels;
+    Test:     image as the network gets it; index; original = (H0, W0) of the photo; labels; boxes
               x1 y1 x2 y2 in the photo's pixels; area and iscrowd if known.
     source: one of open_sources; size: px, see detection_transform.
     """

@@ -8,7 +8,7 @@ can not reach any output; masked pre-training, odd sizes and ragged batches are 
 
 Letters: B images, n visible units, T tokens of a stage (all images, one list), C channels, G rows
 of window attention, S slots in a row = window ** 2, k windows that a unit can touch along an axis,
-H hidden units of all images (B * N in pre-training, where each image has N).
+m hidden units of all images (B * N in pre-training, where each image has N).
 """
 import math
 from typing import NamedTuple
@@ -46,7 +46,7 @@ class Layout:
 
         sizes         int32 [B, 2]  height and width of each image in px
         units         int32 [n, 3]  image, row, column of the visible units
-        hidden_units  int32 [H, 3]  image, row, column of the hidden units of all images
+        hidden_units  int32 [m, 3]  image, row, column of the hidden units of all images
         rows          int32 [n, R]  row of attention of each window that a unit touches: k * k
                                     columns for each plan, by stage, plain before shifted windows
     grid_units = (Uh, Uw) of the canvas; longest = most visible units of an image; ragged = images
@@ -137,7 +137,7 @@ class Layout:
         owner = None
         if mixed:
             wide = max(self.grid_units) * side // w + 2     # windows along any axis, or more
-            number = (image * wide + window[..., 0]) * wide + window[..., 1]    # in the batch
+            number = (image * wide + window[..., 0]) * wide + window[..., 1]  # unique in the batch
             owner = place.new_full((rows * w * w,), -1)
             owner = owner.index_put_((place,), number.view(-1)).view(rows, w * w)
         return Windows(token, place, owner, image.reshape(-1), self.batch)
@@ -159,7 +159,7 @@ class Layout:
         return sine_position(yx, dim).view(-1, dim)
 
     def hidden_position(self, dim):
-        """Sine position of each hidden unit's centre, in the coordinates of the keys: [H, dim]."""
+        """Sine position of each hidden unit's centre, in the coordinates of the keys: [m, dim]."""
         image, yx = self.hidden_units[:, 0].long(), self.hidden_units[:, 1:]
         return sine_position((yx + 0.5) * self.config.unit / self.sizes[image], dim)
 
