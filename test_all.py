@@ -4509,7 +4509,7 @@ def test_reproduce_makes_every_table_once():
     with folder() as at, quiet(), mock.patch.dict(reproduce.RECIPES, tiny=tiny), \
             patched(reproduce, do=note):
         for table, runs in (("table3", 8), ("table4", 3), ("table5", 4), ("table6", 4),
-                            ("table7", 8), ("table8", 9), ("figure5", 0), ("decoder", 8)):
+                            ("table7", 8), ("table8", 9), ("figure5", 0), ("decoder", 11)):
             before, flags = len(made), ["--tasks", "semantic"] * (table != "table3")
             text = reproduced(at, table, "--seeds", "1", *flags)
             assert len(made) - before == runs, (table, len(made) - before)
