@@ -182,7 +182,8 @@ def compare(checkpoint, path, args, dataset):
         was = checkpoint.get(key, value)
         if key == "photos" and was != value and then["data"] == args.data:
             note(f"note: --data {args.data}: other photos validate now than when {path} was "
-                 "written; if it was trained on some of them, metrics are too high")
+                 "written; if it was trained on some of them, metrics are too high, and its best "
+                 "metric so far does not count")
         # category ids may differ if the names agree, and so may the classes that have these joints
         if key not in ("category_ids", "kinds", "photos") and was != value:
             raise InputError(f"--data {args.data}: its {key} are {str(value)[:200]}, but --out "
@@ -195,7 +196,7 @@ def resume(args, model, optimizer, run, dataset):
     means are still the same, else InputError.
 
     Returns (step, best metric so far, whether the evaluation of this step is still to be done);
-    (0, None, False) for a new run.
+    (0, None, False) for a new run. The best on other photos is none.
     """
     if not (args.resume or args.eval):
         return 0, None, False
@@ -222,7 +223,9 @@ def resume(args, model, optimizer, run, dataset):
         if was != now:
             now, was = ("not given" if v is None or v is False else v for v in (now, was))
             run.print0(f"--{key.replace('_', '-')} {now} now, {was} before")
-    return checkpoint["step"], checkpoint["best"], checkpoint.get("due", False)
+    photos = answer_names(dataset)["photos"]
+    best = checkpoint["best"] if checkpoint.get("photos", photos) == photos else None
+    return checkpoint["step"], best, checkpoint.get("due", False)
 
 
 def save_checkpoint(args, model, optimizer, run, step, best, dataset, is_best=False,

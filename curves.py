@@ -38,7 +38,7 @@ def read_log(run):
         for row in rows:
             for name, value in row.items():
                 if name not in ("step", "lr") and isinstance(value, int | float) \
-                        and math.isfinite(value):
+                        and math.isfinite(value) and value != -1:      # -1: nothing to find
                     found.setdefault("loss" if name == "loss_x1000" else name, []).append(
                         (row["step"], value))
     except OSError as error:

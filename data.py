@@ -24,7 +24,16 @@ from torchvision.ops import box_convert
 from torchvision.transforms import InterpolationMode, v2
 
 from formats.drawn import ToyWorld, toy_scenes
-from formats.files import IGNORE, InputError, hold_out, list_images, read_image, read_view, shows
+from formats.files import (
+    IGNORE,
+    LONGEST,
+    InputError,
+    hold_out,
+    list_images,
+    read_image,
+    read_view,
+    shows,
+)
 from formats.folders import open_folder, photo_folders, readable
 from formats.masks import unstack
 from tokens import Layout, row_budget, whole
@@ -208,7 +217,7 @@ def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="
         train, val = photo_folders(Path(path), ours)
         files = list_images(train, ours=ours)
         sources = [Photos(files), Photos(list_images(val, ours=ours))] if val else hold_out(
-            files[0].parent, Photos(files))
+            path, Photos(files))
     if on_error == "skip" and not scenes:
         sources[1] = readable(sources[1])
     return [Pretraining(s, train, config.image_size, config.unit, mask, ratio, seed)
@@ -426,7 +435,7 @@ def detection_transform(augment, size, flip=True):
     """DETR's multi-scale recipe in proportion to `size`, the shortest side at test; for DETR's 800
     px: flip; half of the time, scale the shortest side to 400, 500 or 600 and crop 384..600 px;
     then scale the shortest side to 480..800 px (the longest to 1333 at most)."""
-    longest = size * 1333 // 800
+    longest = max(size * 1333 // 800, LONGEST)              # a thin photo keeps 1 px of width
     if not augment:
         return v2.RandomShortestSize([size], longest, antialias=True)
     scales = [size * s // 800 for s in range(480, 801, 32)]

@@ -39,8 +39,8 @@ def launch(main, args):
         code, message = 128 + signal.SIGINT, "stopped; there is nothing to save"
     except (InputError, FloatingPointError) as error:
         # an error from a data process carries its traceback: the last line is ours
-        text = str(error).strip().splitlines()[-1].replace("formats.files.InputError: ", "")
-        code, message = 2, f"error: {text}"
+        text = str(error).strip().rpartition("formats.files.InputError: ")[2]
+        code, message = 2, f"error: {' '.join(text.splitlines())}"
     except OSError as error:
         full = "; raise `ulimit -n`, or take fewer --workers" * (error.errno == errno.EMFILE)
         code = 2

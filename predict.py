@@ -311,6 +311,8 @@ def main(args):
         resultfiles.check(model)
     if args.boxes and model.task != "pose":
         raise InputError(f"--boxes: for pose checkpoints; this one is for {model.task}")
+    if args.boxes and args.detector:
+        raise InputError("--detector: the persons are those of --boxes; give one of the two")
     out = Path(args.out)
     todo = resultfiles.find(args.images, out)
     if out.exists() and not out.is_dir():

@@ -150,7 +150,8 @@ TABLES = {
         for (label, flags), row in product(
             (("0.3 x the epochs", {"epochs": 0.3}), ("all epochs", {}),
              ("1.5 x the epochs", {"epochs": 1.5}), ("3 x the epochs", {"epochs": 3.0}),
-             ("9 x the epochs", {"epochs": 9.0}), ("3 layers", {"decoder-layers": 3})), PARTS[2:]))),
+             ("9 x the epochs", {"epochs": 9.0}), ("3 layers", {"decoder-layers": 3})),
+            PARTS[2:]))),
     "figure4": (tuple(TASKS), PARTS[3:]),
     "figure5": (tuple(TASKS), PARTS),
 }

@@ -4,8 +4,10 @@ rule leaves out, a photo in both parts. What is certainly wrong is an error wher
 may be intended is only reported here, because the user knows the files and can decide.
 """
 import contextlib
+import os
 import sys
 from collections import Counter
+from functools import cache
 
 import numpy as np
 
@@ -135,7 +137,9 @@ def bit_depths(source):
 
 def twice(train, val):
     """Photos that are there more than once, or in both parts."""
-    paths = [[str(r["photo"]) for r in getattr(s, "records", ())] for s in (train, val)]
+    real = cache(os.path.realpath)                          # a part may be a link to the other
+    paths = [[os.path.join(real(r["photo"].parent), r["photo"].name)
+              for r in getattr(s, "records", ())] for s in (train, val)]
     found = []
     for part, own in zip(("training", "validation"), paths):
         if many := sum(n > 1 for n in Counter(own).values()):

@@ -1099,6 +1099,9 @@ def test_detection_augmentation_is_detrs():
     assert 0.58 < min(map(min, crops)) < 0.75
     assert any(abs(w - h) > 0.1 for w, h in crops)                  # sides are drawn one by one
     assert data.detection_transform(False, 160)(wide)["image"].shape == (3, 66, 266)
+    for augment in (False, True):
+        thin = data.detection_transform(augment, 16)(torch.zeros(3, 20, 1000, dtype=torch.uint8))
+        assert min(thin.shape[1:]) > 0
     # boxes as fractions, labels with them; none without area, no crowds
     train, _ = data.open_detection("toyworld:1", 64)
     train.source.samples = [{
@@ -2666,6 +2669,7 @@ def test_mask_folders():
              "val/images", "expected", "labels"),
             ({place: b""}, "not a readable"), ({"train/images/c.png": PHOTO}, "train/images/c.png"),
             ({place: PHOTO}, "b.png", "one channel"), ({place: ones[:5]}, "images/b.jpg", "5 x 8"),
+            ({place: (ones.astype(np.int32) + 65535, dict(format="tiff"))}, "b.png", "65535"),
             ({"train/labels/orphan.png": ones}, "orphan.png"),
             ({"train/images/a.jpg": PHOTO}, "two photos")):
         with folder() as at:
@@ -2685,7 +2689,7 @@ def test_mask_folders():
                                        "--first-label", 1, "--batch-size", 1, "--out", at / "o"))
     with folder() as at:                                    # an accent as one letter and as two
         fill(at, {f"images/{n}.png": PHOTO for n in ("\u00fc", "b")})
-        fill(at, {"labels/u\u0308.png": ones, "labels/b.png": 2 * ones})
+        fill(at, {"labels/u\u0308.png": ones, "labels/b.png": 2 * ones, "labels/note.json": "{}"})
         assert sum(len(source) for source in opened(at, "semantic")) == 2
 
 
@@ -2711,6 +2715,11 @@ def test_ade20k():
         assert len(kind) == 6 and sample["panoptic"][1, 0] != sample["panoptic"][1, 7]
         assert sample["semantic"][:, 0].tolist() == [2, 0, 0, 255, 3, 3]
         assert "panoptic" in opened(at, "masks")[1][0]                      # instances alone
+        for flag in ("ignore", "first"):                    # of label maps that say no more
+            refused(at, "panoptic", f"--{flag}-label", **{f"{flag}_label": 1})
+        (at / "annotations").rename(at / "Annotations")
+        assert "panoptic" in opened(at, "panoptic")[1][0]
+        (at / "Annotations").rename(at / "annotations")
         coco(at, [dict(image_id=0, file_name="a.png", segments_info=[dict(id=5, category_id=7)])],
              "ade20k_panoptic_train", 1, "images/training/a.png")
         assert opened(at, "panoptic", "semantic")[0].category_ids == (4, 2, 1, 3)   # not the JSON's
@@ -2740,6 +2749,7 @@ def test_depth_pairs():
         refused(fill(at, {place: deep[:5]}), "depth", "val/rgb/a.png", "5 x 8")
         for line, words in (("rgb/a.png", "line 1"), ("rgb/a.png None 518", "None"), ("", "line")):
             refused(fill(at, {"nyudepthv2_train_files_with_gt.txt": line + "\n"}), "depth", words)
+        refused(fill(at, {"eigen_train_files_with_gt.txt": line}), "depth", "eigen", "nyudepthv2")
     with folder() as at:
         for keys in ("depth", "keypoints", "panoptic", "masks", "boxes", "semantic"):
             refused(at, keys, str(at), "expected", formats.EXPECTED[keys])
@@ -3506,10 +3516,13 @@ def test_a_change_of_the_validation_photos_is_told():
         pretrain.main(args_for(pretrain, *flags, "--steps", 1))
         pretrain.main(args_for(pretrain, *flags, "--eval"))
         assert "other photos validate" not in said.getvalue()
+        last = at / "out/last.pt"
+        torch.save(torch.load(last) | {"best": 0.0}, last)
         write_photo(at / "photos/1.png", (64, 64))
         pretrain.main(args_for(pretrain, *flags, "--eval"))
         pretrain.main(args_for(pretrain, *flags, "--steps", 2, "--resume"))
         assert said.getvalue().count("other photos validate") == 2
+        assert torch.load(last)["best"] > 0                 # the best of other photos is none
         (at / "photos").rename(at / "moved")                # the same photos elsewhere will do
         flags[1] = at / "moved"
         pretrain.main(args_for(pretrain, *flags, "--steps", 3, "--resume"))
@@ -3712,8 +3725,13 @@ def test_devices():
     with patched(torch.cuda, is_available=lambda: True, device_count=lambda: 2):
         assert [str(training.pick_device(n, 1)) for n in ("auto", "cuda")] == ["cuda:1"] * 2
         assert training.pick_device("cpu").type == "cpu"
+        assert str(training.pick_device(torch.device("cuda:1"))) == "cuda:1"    # not this process's
+        assert training.pick_device(torch.device("cpu")).type == "cpu"
         with raises(InputError, "nproc_per_node", "2 GPUs"):
             training.pick_device("auto", 2)
+        for name in ("CPU", "gpu", "cuda:x"):
+            with raises(InputError, "--device", "cuda or mps"):
+                training.pick_device(name)
     for has in (True, False):                               # a T4 emulates it, slowly
         with patched(torch.cuda, is_bf16_supported=lambda including_emulation=True, has=has:
                      has or including_emulation):
@@ -4164,6 +4182,8 @@ def test_results_have_the_numbers_of_the_files():
             write_photo(at / "ph" / name)
         found = [name for _, name in resultfiles.find([at / "ph"], at / "ph/o")]
         assert found == ["a", "semantic/a.jpg"]             # a label map may be semantic/a.png
+        twice = resultfiles.find([at / "ph/a.jpg", at / "ph", at / "ph/a.jpg"], at / "ph/o")
+        assert [name for _, name in twice] == found
         content = torch.load(best)
         content["category_ids"][2] = 100_001
         torch.save(content, best)
@@ -4369,7 +4389,7 @@ def test_pose_asks_for_persons():
 def test_curves():
     """Losses and metrics of two logs, one still being written; what is no log is named."""
     rows = [{"step": s, "loss": 1 / s, "lr": 0.1} for s in range(20, 200, 20)]
-    rows += [{"step": 180, "mIoU": 0.5, "nothing": math.nan}]
+    rows += [{"step": 180, "mIoU": 0.5, "nothing": math.nan, "APm": -1}]
     text = "".join(json.dumps(r) + "\n" for r in rows)
     with folder() as at:
         fill(at, {"a/log.jsonl": text, "b/log.jsonl": text + '{"step": 200, "lo', "c": "{no log}"})

@@ -251,8 +251,12 @@ class Run:
 
 
 def pick_device(name="auto", local_rank=0):
-    """--device: "auto" is the CUDA GPU of this process, else the CPU. Apple's GPU on request.
-    InputError where it is missing."""
+    """--device: "auto" is the CUDA GPU of this process, else the CPU. Apple's GPU on request, or
+    "cuda:1", or a torch.device. InputError where it is missing."""
+    name, _, number = str(name).partition(":")
+    if name not in ("auto", "cpu", "cuda", "mps") or not (number or "0").isdecimal():
+        raise InputError(f"--device {name}: give auto, cpu, cuda or mps")
+    local_rank = int(number or local_rank)
     if name == "mps":
         if not torch.backends.mps.is_available():
             raise InputError("--device mps: torch finds no Apple GPU here; leave the flag out")

@@ -151,7 +151,7 @@ def as_photo(photo):
         with reading(name):
             photo = to_tensor(turned(photo, orientation(photo)), name)
     elif isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim in (2, 3):
-        photo = torch.from_numpy(np.ascontiguousarray(photo))
+        photo = torch.from_numpy(np.array(photo))           # a copy: PIL's arrays are read-only
         photo = photo.permute(2, 0, 1) if photo.ndim == 3 else photo.expand(3, -1, -1)
     if not torch.is_tensor(photo) or photo.dtype != torch.uint8 or photo.ndim != 3 \
             or len(photo) != 3:
@@ -199,8 +199,11 @@ def read_pixels(path, modes, what):
 
 def read_labels(path):
     """A label map, one value a pixel (of a palette the index) -> int32 [H, W]."""
-    modes = ("L", "P", "1", "I", "I;16", "I;16B")
-    return read_pixels(path, modes, "a label map has one channel of whole numbers").astype(np.int32)
+    what = "a label map has one channel of whole numbers, 0 to 65535"
+    values = read_pixels(path, ("L", "P", "1", "I", "I;16", "I;16B"), what).astype(np.int32)
+    if values.size and not 0 <= values.min() <= values.max() < 2 ** 16:
+        raise InputError(f"{path}: {what}")
+    return values
 
 
 def read_numbers(path):

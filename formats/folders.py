@@ -22,7 +22,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from formats.coco import coco_files, coco_instances, coco_panoptic, open_coco, panoptic_labels
+from formats.coco import (
+    coco_files,
+    coco_instances,
+    coco_panoptic,
+    is_coco,
+    open_coco,
+    panoptic_labels,
+)
 from formats.files import (
     IGNORE,
     LABELS,
@@ -125,7 +132,7 @@ def find_pairs(root, photo_words, label_words, on_error, grading):
                 refuse(f"{place}: has no matching folder; expected {' or '.join(words)}",
                        on_error)
         if not photos or not labels or (split is None and (
-                found or any(labels.glob("*.json")) or not any(
+                found or any(map(is_coco, labels.glob("*.json"))) or not any(
                     p.suffix.lower() in SUFFIXES for p in labels.rglob("*")))):
             continue
         maps = {bare(p, labels): p for p in list_images(labels, {".png"})}
@@ -314,8 +321,8 @@ def open_ade_instances(root, keys, on_error, grading):
     order = mapping + [k for k in range(len(names)) if k not in mapping]
     for _, records in found.values():
         for r in records:
-            r["instances"] = root / "annotations_instance" / r["label"].relative_to(
-                root / "annotations")
+            r["instances"] = Path(root, "annotations_instance",
+                                  *r["label"].relative_to(root).parts[1:])
     values = range(1, len(names) + 1)
     semantic = partial(read_semantic, label_table(values, 1, None), values)
     read = partial(read_ade_instances, semantic, np.array(order), len(mapping), keys)
@@ -373,8 +380,11 @@ def open_lists(root, on_error, scale, grading):
     [training, validation], or None without a list of training photos. grading: see open_folder."""
     found = {}
     for part, split in (("train", "train"), ("val", "test")):
-        path = min((p for p in root.glob(f"*{split}_files_with_gt.txt") if p.name[0] != "."),
-                   default=None)
+        lists = sorted(p for p in root.glob(f"*{split}_files_with_gt.txt") if p.name[0] != ".")
+        if len(lists) > 1:
+            raise InputError(f"{lists[0]} and {lists[1].name} are both lists of this part; leave "
+                             "the one that is meant")
+        path = lists[0] if lists else None
         if path is None and grading:
             continue
         if path is None:
@@ -433,7 +443,11 @@ def open_folder(root, keys, on_error="stop", ignore_label=None, first_label=None
     kind = next((k for k in ways if k in keys), None)
     if kind is None:
         raise ValueError(f"keys {list(keys)}: give one of {', '.join(ways)}")
-    sources = next((found for way in ways[kind] if (found := way())), None)
+    way, sources = next(((w, found) for w in ways[kind] if (found := w())), (None, None))
+    if sources and (ignore_label, first_label) != (None, None) and way.func is not open_masks:
+        raise InputError(f"--{'ignore' if first_label is None else 'first'}-label: for --tasks "
+                         f"semantic with label maps; not for what --data {root} holds, or the "
+                         "other tasks; leave it out")
     if not sources:
         instances = False
         with contextlib.suppress(InputError):               # several JSON files that name no part

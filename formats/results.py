@@ -28,7 +28,8 @@ DEEPEST = 65534                         # mm: 65535 means "not measured" to many
 
 def find(images, out):
     """Files and folders -> [(path of a photo, name of its outputs)]; no two have an output in
-    common. Photos below the folder `out` are passed over, unless it is one of the folders."""
+    common. Photos below the folder `out` are passed over, unless it is one of the folders, and one
+    that is given twice is answered once."""
     pairs = []
     for image in images:
         if not image:
@@ -38,8 +39,10 @@ def find(images, out):
             pairs += [(p, p.relative_to(image)) for p in list_images(image, flag="", ours=out)]
         else:
             pairs.append((image, Path(image.name)))
-    taken, found = set(), []
+    once, taken, found = {}, set(), []
     for path, name in pairs:
+        once.setdefault(os.path.realpath(path), (path, name))
+    for path, name in once.values():
         if len(os.fsencode(name.name)) > LONGEST:           # endings must fit into 255 bytes, too
             name = name.with_name(os.fsencode(name.name)[:LONGEST].decode(errors="ignore"))
         stem = name.with_suffix("").as_posix()
