@@ -34,8 +34,6 @@ try:
 except ImportError:                             # Windows: nothing guards a folder against two runs
     fcntl = None
 
-OLDEST = {"Python": (3, 10), "torch": (2, 6)}   # what is tested, as requirements.txt and README say
-
 # -----------------------------------------------------------------------------
 # Command line
 
@@ -149,8 +147,9 @@ def add_finetune_flags(parser):
 def parse(parser, presets, argv=None):
     """Parse argv or end with exit code 2; presets: {name: defaults that given flags override}. A
     default of --steps does not override --epochs on the command line."""
-    if old := too_old():
-        parser.error(old)
+    if sys.version_info < (3, 10) or torch.__version__ < (2, 6):
+        parser.error(f"Python 3.10 and torch 2.6 or newer are needed; these are {sys.version[:6]} "
+                     f"and {torch.__version__}")
     first = argparse.ArgumentParser(add_help=False)         # so that --help shows its defaults
     first.error = parser.error
     for flag in ("--preset", "--epochs", "--steps"):
@@ -176,17 +175,6 @@ def model_config(args, **more):
         raise InputError(f"--decoder-layers {config.decoder_layers}: take a multiple of 3, so that "
                          "each of the three scales is read equally often")
     return config
-
-
-def too_old(python=sys.version_info, torch_version=torch.__version__):
-    """One line if Python or torch is older than what this code is written for, else None."""
-    found = {"Python": tuple(python[:2]),
-             "torch": tuple(int(n) for n in torch_version.split(".")[:2])}
-    for name, oldest in OLDEST.items():
-        if found[name] < oldest:
-            has, needs = (".".join(map(str, v)) for v in (found[name], oldest))
-            return f"this is {name} {has}; {name} {needs} or newer is needed"
-    return None
 
 
 # -----------------------------------------------------------------------------
