@@ -38,33 +38,31 @@ def share_rows(occupied):
     wanted = left @ slots                                   # windows that occupy each slot
     order = np.argsort(-(slots @ wanted ** 2), kind="stable")
 
-    # Sets of patterns are bits of Python integers, bit i = the i-th fullest pattern
+    # Which patterns fit together. A set of patterns is a Python integer, bit i = the i-th fullest
     patterns = patterns[order]
     fits = ((patterns[:, None] & patterns) == 0).all(-1)    # [P, P]
     np.fill_diagonal(fits, False)                           # an empty one would fit itself
     fits = [int.from_bytes(row.tobytes(), "little")
             for row in np.packbits(fits, axis=1, bitorder="little")]
     order, left = order.tolist(), left.tolist()
-    row, remaining, given = 0, (1 << len(fits)) - 1, []
+    row, remaining, rows_of = 0, (1 << len(fits)) - 1, [[] for _ in left]
     while remaining:
-        candidates, together = remaining, []
+        candidates, together = remaining, []                # patterns that will share rows
         while candidates:
             i = (candidates & -candidates).bit_length() - 1         # the lowest bit: the fullest
             together.append(i)
             candidates &= fits[i]
         rows = min(left[order[i]] for i in together)
         for i in together:
-            given.append((order[i], row, rows))
+            rows_of[order[i]] += range(row, row + rows)
             left[order[i]] -= rows
             if left[order[i]] == 0:
                 remaining &= ~(1 << i)
         row += rows
 
     # The windows of a pattern, in their order, take the rows that were given to it
-    _, start, rows = np.array(sorted(given)).T
     row_of = np.empty(len(occupied), np.int64)
-    row_of[np.argsort(pattern_of, kind="stable")] = \
-        np.repeat(start - (np.cumsum(rows) - rows), rows) + np.arange(len(occupied))
+    row_of[np.argsort(pattern_of, kind="stable")] = sum(rows_of, [])
     return row_of
 
 
