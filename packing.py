@@ -76,11 +76,14 @@ def slots_of_units(side, window):
     """Slots that a unit of side x side tokens occupies in each of the k x k windows it touches, as
     bits: float64 [words, window * window, k * k], by the unit's place (y, x) in its first window.
     """
-    k, begin = touched(side, window), np.arange(window)[:, None, None]
-    place = np.arange(k * window).reshape(1, k, window)
-    line = (begin <= place) & (place < begin + side)                # [window, k, window], one axis
-    slots = line[:, None, :, None, :, None] & line[:, None, :, None]        # y x k k slot_y slot_x
-    slots = slots.reshape(window * window, k * k, window * window)
+    k = touched(side, window)
+    slots = np.zeros((window, window, k * k, window * window), bool)
+    for y, x in np.ndindex(window, window):
+        canvas = np.zeros((k * window, k * window), bool)           # k x k windows, side by side
+        canvas[y:y + side, x:x + side] = True                       # the unit
+        windows = canvas.reshape(k, window, k, window).swapaxes(1, 2)
+        slots[y, x] = windows.reshape(k * k, window * window)
+    slots = slots.reshape(window * window, k * k, -1)
     words = [slots[..., i:i + WORD] for i in range(0, window * window, WORD)]
     return np.stack([word @ 2.0 ** np.arange(word.shape[-1]) for word in words])
 
