@@ -46,7 +46,7 @@ def flags():
     parser = training.Parser(__doc__)
     training.add_flags(parser)
     training.add_finetune_flags(parser)
-    _, data, model, optimiser, evaluation = parser.adders
+    _, data, model, _, evaluation = parser.adders
     positive, rate = training.POSITIVE, training.RATE
     data("--depth-scale", type=training.number(float, 1e-3, 1e6), default=1000.0,
          help="values of a depth PNG per metre")
@@ -55,13 +55,10 @@ def flags():
     model("--queries", type=positive, default=64, help="M, the number of bins [paper]")
     model("--min-depth", type=rate, default=1e-3, help="metres: where the first bin begins")
     model("--max-depth", type=rate, default=10.0, help="metres: where the last bin ends")
-    optimiser("--weight-decay", type=training.number(float, 0), default=0.01, help="BinsFormer's")
-    optimiser("--clip", type=rate, default=35.0, help="gradient norm; BinsFormer's")
-    evaluation("--eval-every", type=positive, default=1600, help="steps between evaluations")
     evaluation("--eigen-crop", action="store_true", help="grade NYU's usual window of 480 x 640 "
                "photos")
     parser.set_defaults(batch_size=2, out="out/depth", steps=38_400, lr=1e-4, backbone_lr=1.0,
-                        drop_path=0.3)
+                        drop_path=0.3, weight_decay=0.01, clip=35.0, eval_every=1600)
     return parser
 
 

@@ -45,7 +45,7 @@ def flags():
     parser = training.Parser(__doc__)
     training.add_flags(parser)
     training.add_finetune_flags(parser)
-    _, _, model, optimiser, evaluation = parser.adders
+    _, _, model, optimiser, _ = parser.adders
     positive = training.POSITIVE
     model("--size", type=training.PIXELS, default=800, help="px, shortest side at test, the "
           "largest shortest side at training")
@@ -53,11 +53,9 @@ def flags():
     model("--many-queries", type=training.COUNT, default=1500, help="one-to-many queries [paper]")
     model("--repeats", type=positive, default=6, help="one-to-many queries matched to an object")
     optimiser("--epochs", type=positive, default=50, help="length of the schedule [paper]")
-    optimiser("--weight-decay", type=training.number(float, 0), default=0.05,
-              help="as pre-training, and three of H-DETR's Swins; most of its others have 1e-4")
-    optimiser("--clip", type=training.RATE, default=0.1, help="gradient norm")
-    evaluation("--eval-every", type=positive, default=5000, help="steps between evaluations")
-    parser.set_defaults(batch_size=2, out="out/detection", lr=2e-4, backbone_lr=0.1, drop_path=0.2)
+    # weight decay as pre-training, and three of H-DETR's Swins; most of its others have 1e-4
+    parser.set_defaults(batch_size=2, out="out/detection", lr=2e-4, backbone_lr=0.1, drop_path=0.2,
+                        weight_decay=0.05, clip=0.1, eval_every=5000)
     return parser
 
 

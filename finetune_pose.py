@@ -68,14 +68,12 @@ def flags():
     model("--sigma", type=rate, default=2.0, help="of the target Gaussians, heatmap px")
     optimiser("--epochs", type=positive, default=210, help="length of the schedule [paper]")
     optimiser("--warmup-steps", type=positive, default=500, help="linear, from 0.001 of --lr")
-    optimiser("--weight-decay", type=training.number(float, 0), default=0.1, help="ViTPose's")
-    optimiser("--clip", type=rate, default=1.0, help="gradient norm")
-    evaluation("--eval-every", type=positive, default=3000, help="steps between evaluations")
     evaluation("--boxes", help="a detector's persons in the validation photos, COCO's results "
                "format (JSON); default: the true boxes")
     # ViTPose's recipe, but for its layer-wise decay of the learning rate, which was tuned for a
     # plain ViT; for Swin-B MMPose uses one rate for all layers. The paper does not say.
-    parser.set_defaults(batch_size=64, out="out/pose", lr=5e-4, backbone_lr=1.0, drop_path=0.3)
+    parser.set_defaults(batch_size=64, out="out/pose", lr=5e-4, backbone_lr=1.0, drop_path=0.3,
+                        weight_decay=0.1, clip=1.0, eval_every=3000)
     return parser
 
 

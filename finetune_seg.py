@@ -83,15 +83,13 @@ def flags():
           "number or one for each of --tasks (default: 100, but 200 for instance and panoptic "
           "[paper])")
     optimiser("--points", type=positive, default=12544, help="sampled points per mask")
-    optimiser("--weight-decay", type=training.number(float, 0), default=0.05, help="Mask2Former's")
-    optimiser("--clip", type=training.RATE, default=0.01, help="gradient norm; Mask2Former's")
-    evaluation("--eval-every", type=positive, default=5000, help="steps between evaluations")
     evaluation("--object-threshold", type=share, default=0.8, help="panoptic: least p(class) of a "
                "query that counts")
     evaluation("--overlap-threshold", type=share, default=0.8, help="panoptic: least share of its "
                "mask that a query must own")
     parser.set_defaults(batch_size=2, out="out/segmentation", steps=160_000, lr=1e-4,
-                        backbone_lr=0.1, drop_path=0.3)
+                        backbone_lr=0.1, drop_path=0.3, weight_decay=0.05, clip=0.01,
+                        eval_every=5000)
     return parser
 
 

@@ -128,7 +128,7 @@ def add_flags(parser):
 
 def add_finetune_flags(parser):
     """What stage 2 adds."""
-    _, data, model, optimiser, _ = parser.adders
+    _, data, model, optimiser, evaluation = parser.adders
     data("--data-fraction", type=SHARE, default=1.0, help="share of the training set (Table 8)")
     data("--overfit", action="store_true", help="train and validate on the same images, not "
          "augmented; a test of the code: the metric must become near-perfect")
@@ -142,6 +142,9 @@ def add_finetune_flags(parser):
     optimiser("--query-lr", type=number(float, 0), default=1.0, help="e_i's lr, a multiple of --lr")
     optimiser("--head-lr", type=number(float, 0), default=1.0, help="linear heads' lr, a multiple "
               "of --lr")
+    optimiser("--weight-decay", type=number(float, 0), help="AdamW's")
+    optimiser("--clip", type=RATE, help="gradient norm")
+    evaluation("--eval-every", type=POSITIVE, help="steps between evaluations")
 
 
 def parse(parser, presets, argv=None):
