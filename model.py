@@ -27,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from tokens import Collect, Spread, inside, scatter
+from tokens import Collect, Spread, inside, morton, scatter
 
 # -----------------------------------------------------------------------------
 # Config
@@ -158,9 +158,9 @@ class Swin(nn.Module):
 
     def patches(self, units):
         """Pixels of units [n, 3, 8p, 8p] -> patches in Z-order [n * 64, 3 * p * p]."""
-        n, p = len(units), self.patch
-        x = units.view(n, 3, 2, 2, 2, p, 2, 2, 2, p)                # n c y2 y1 y0 p x2 x1 x0 p
-        return x.permute(0, 6, 2, 7, 3, 8, 4, 1, 5, 9).reshape(n * 64, 3 * p * p)
+        y, x = morton(8, units.device).unbind(1)                    # of the 64 patches of a unit
+        patches = split_units(units, self.patch)[:, y, x]           # [n, 64, 3, p, p]
+        return patches.reshape(-1, 3 * self.patch ** 2)
 
     def forward(self, units, layout):
         x = self.embed_norm(self.embed(self.patches(units)))        # [T1, C1]
@@ -392,7 +392,7 @@ class GLID(nn.Module):
             images = torch.where(inside(layout.sizes, *images.shape[2:])[:, None], images, PADDING)
         images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]),
                        value=PADDING)
-        return split_units(images, unit)[tuple(layout.units.long().unbind(1))]
+        return units_at(images, unit, layout.units)
 
     def encode(self, images, layout):
         """Normalised images and their layout -> BiFPN maps, 4 x packed [T, D]."""
@@ -412,6 +412,11 @@ class GLID(nn.Module):
 def split_units(images, unit):
     """[B, 3, H, W], multiples of the unit -> [B, H / unit, W / unit, 3, unit, unit], a view."""
     return images.unflatten(3, (-1, unit)).unflatten(2, (-1, unit)).permute(0, 2, 4, 1, 3, 5)
+
+
+def units_at(images, unit, where):
+    """Pixels [n, 3, unit, unit] of the units `where`, int [n, 3] = image, row, column."""
+    return split_units(images, unit)[tuple(where.long().unbind(1))]
 
 
 def _init(module):
@@ -461,7 +466,7 @@ class Pretrainer(nn.Module):
     def target(self, images, where):
         """Pixels of the units `where` [B * N, 3] = image, row, column: float [B, N, 3 * unit**2];
         with norm_pix each unit minus its mean, over its standard deviation."""
-        x = split_units(images, self.glid.config.unit)[tuple(where.long().unbind(1))].flatten(1)
+        x = units_at(images, self.glid.config.unit, where).flatten(1)
         if self.norm_pix:
             mean, std = unit_statistics(x)
             x = (x - mean) / std

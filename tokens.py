@@ -32,6 +32,13 @@ class Windows(NamedTuple):
     batch: int                  # B
 
 
+class Plan(NamedTuple):
+    """Where Layout.rows holds the rows of one kind of windows."""
+    first: int                  # their first column
+    rows: int                   # G
+    mixed: bool                 # whether a row may hold slots that must not see each other
+
+
 class Layout:
     """Which units the network sees, and where their tokens sit.
 
@@ -74,28 +81,26 @@ class Layout:
         self._plan(extent.numpy(), budget)
 
     def _plan(self, extent, budget):
-        """Set rows; plans {(stage, shifted): (first column in rows, G, whether a row may hold slots
-        that must not see each other)}; needed, rows of each plan; level, that of packing.enough."""
-        window, units = self.config.window, self.units.numpy().astype(np.int64)
-        columns, found, self.plans = [], {}, {}
+        """Set rows, plans {(stage, shifted): Plan}, needed: rows of attention that each plan needs,
+        and level: how often the budget had to be raised for them, see packing.enough."""
+        window, units, found = self.config.window, self.units.numpy().astype(np.int64), {}
         for stage, shifted in self.kinds(self.config):
             side = 8 >> stage
             shift = shifts(extent * side, window, shifted, np.where)            # [B, 2]
-            if not shifted or shift.any():
+            if shifted and not shift.any():         # no image is shifted: the windows are the same
+                found[stage, shifted] = found[stage, False]
+            else:
                 origin = units[:, 1:] * side + window - shift[units[:, 0]]
-                found[stage] = plan(units, origin, side, window)
-            columns.append(found[stage][0])
-            self.plans[stage, shifted] = found[stage][1:]
+                found[stage, shifted] = plan(units, origin, side, window)
+        columns, self.needed, windows = map(list, zip(*found.values()))
         self.rows = torch.from_numpy(np.concatenate(columns, 1)).int()
-        self.needed, self.level = [rows for rows, _ in self.plans.values()], 0
-        rows = self.needed
-        if budget is not None:
-            rows, self.level = enough(self.needed, budget)
-        first = 0
-        for (key, (_, windows)), g, part in zip(self.plans.items(), rows, columns):
-            tokens = len(units) * (8 >> key[0]) ** 2
-            mixed = budget is not None or g < windows or g * window ** 2 > tokens
-            self.plans[key] = (first, g, mixed)
+        rows, self.level = (self.needed, 0) if budget is None else enough(self.needed, budget)
+        first, self.plans = 0, {}
+        for kind, part, g, w in zip(found, columns, rows, windows):
+            # some row holds several windows, or has empty slots (any row may, within a budget)
+            tokens = len(units) * (8 >> kind[0]) ** 2
+            mixed = budget is not None or g < w or g * window ** 2 > tokens
+            self.plans[kind] = Plan(first, g, mixed)
             first += part.shape[1]
 
     @staticmethod
@@ -124,14 +129,16 @@ class Layout:
         """
         (first, rows, mixed), w, side = self.plans[stage, shifted], self.config.window, 8 >> stage
         extent = (self.sizes.long() + self.config.unit - 1) // self.config.unit * side
+        # Each token's window (row, column) and its place inside that window
         image, yx = self.coords(stage)
         yx = yx + w - shifts(extent, w, shifted, torch.where)[image[:, 0], None]
-        window = yx // w                                            # [n, side * side, 2]
-        # the unit's first token lies in its first window, from which its windows are numbered
-        near, k = window - window[:, :1], touched(side, w)
-        near = near[..., 0] * k + near[..., 1]                      # [n, side * side]
-        row = self.rows[:, first:first + k * k].long().gather(1, near)
-        place = (row * w * w + yx[..., 0] % w * w + yx[..., 1] % w).view(-1)        # [T]
+        window, inner = yx // w, yx % w                             # [n, side * side, 2] each
+
+        # A unit touches at most k x k windows; plan() has listed the row of attention of each, from
+        # the window of the unit's first token on
+        near, k = window - window[:, :1], touched(side, w)          # 0 .. k - 1 on both axes
+        row = self.rows[:, first:first + k * k].long().gather(1, near[..., 0] * k + near[..., 1])
+        place = ((row * w + inner[..., 0]) * w + inner[..., 1]).view(-1)            # [T]
         token = place.new_zeros(rows * w * w)
         token.index_put_((place,), torch.arange(len(place), device=place.device))
         owner = None
