@@ -1100,8 +1100,9 @@ def test_detection_augmentation_is_detrs():
     assert any(abs(w - h) > 0.1 for w, h in crops)                  # sides are drawn one by one
     assert data.detection_transform(False, 160)(wide)["image"].shape == (3, 66, 266)
     for augment in (False, True):
-        thin = data.detection_transform(augment, 16)(torch.zeros(3, 20, 1000, dtype=torch.uint8))
-        assert min(thin.shape[1:]) > 0
+        for _ in range(20 * augment or 1):
+            thin = {"image": data.tv_tensors.Image(torch.zeros(3, 20, 1000, dtype=torch.uint8))}
+            assert min(data.detection_transform(augment, 16)(thin)["image"].shape) > 0
     # boxes as fractions, labels with them; none without area, no crowds
     train, _ = data.open_detection("toyworld:1", 64)
     train.source.samples = [{
