@@ -2688,6 +2688,11 @@ def test_mask_folders():
         with raises(InputError, "--first-label"):
             finetune_seg.main(args_for(finetune_seg, "--data", at, "--steps", 1, "--workers", 0,
                                        "--first-label", 1, "--batch-size", 1, "--out", at / "o"))
+    with folder() as at:                                    # a part that is a link to the other
+        fill(at, {f"train/{n}.png": x for n, x in (("images/a", PHOTO), ("labels/a", ones))})
+        (at / "val").symlink_to(at / "train")
+        fill(at, {"classes.txt": "a\nb\nc\n"})
+        assert "1 photos are in both parts" in told(finetune_seg, at)
     with folder() as at:                                    # an accent as one letter and as two
         fill(at, {f"images/{n}.png": PHOTO for n in ("\u00fc", "b")})
         fill(at, {"labels/u\u0308.png": ones, "labels/b.png": 2 * ones, "labels/note.json": "{}"})
