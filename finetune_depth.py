@@ -57,6 +57,7 @@ def flags():
     model("--max-depth", type=rate, default=10.0, help="metres: where the last bin ends")
     evaluation("--eigen-crop", action="store_true", help="grade NYU's usual window of 480 x 640 "
                "photos")
+    # weight decay and clipping are BinsFormer's
     parser.set_defaults(batch_size=2, out="out/depth", steps=38_400, lr=1e-4, backbone_lr=1.0,
                         drop_path=0.3, weight_decay=0.01, clip=35.0, eval_every=1600)
     return parser

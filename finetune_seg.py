@@ -87,6 +87,7 @@ def flags():
                "query that counts")
     evaluation("--overlap-threshold", type=share, default=0.8, help="panoptic: least share of its "
                "mask that a query must own")
+    # weight decay and clipping are Mask2Former's
     parser.set_defaults(batch_size=2, out="out/segmentation", steps=160_000, lr=1e-4,
                         backbone_lr=0.1, drop_path=0.3, weight_decay=0.05, clip=0.01,
                         eval_every=5000)

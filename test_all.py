@@ -3821,12 +3821,16 @@ def test_every_script_on_the_gpu():
 
 
 def test_versions():
-    """What is older than README says is refused by name."""
-    for module, name, old in (sys, "version_info", (3, 9, 18)), (
-            torch, "__version__", torch.torch_version.TorchVersion("2.5.1+cu121")):
-        with patched(module, **{name: old}):
+    """What is older than README says is refused by name; newer and odd version numbers are not."""
+    words, torchs = "Python 3.10 and torch 2.6 or newer", torch.torch_version.TorchVersion
+    for python, version, good in (((3, 9, 18), "2.8.0", False), ((3, 10), "2.5.1+cu121", False),
+                                  ((3, 10), "2.6.0", True), ((4, 0), "3.0", True),
+                                  ((3, 14), "2.10.0a0+git1234", True)):
+        with patched(sys, version_info=python), patched(torch, __version__=torchs(version)):
             code, said = ended(lambda _: args_for(pretrain))
-        assert code == 2 and "Python 3.10 and torch 2.6 or newer" in said
+        assert (words in said) != good and (code == 2) != good, (python, version, said)
+    assert 'requires-python = ">=3.10"' in (HERE / "pyproject.toml").read_text(encoding="utf-8")
+    assert "torch>=2.6" in (HERE / "requirements.txt").read_text(encoding="utf-8")
 
 
 def test_every_command_starts():
