@@ -34,7 +34,7 @@ from formats.files import (
     read_view,
     shows,
 )
-from formats.folders import open_folder, photo_folders, readable
+from formats.folders import open_folder, open_lists, photo_folders, readable
 from formats.masks import unstack
 from tokens import Layout, row_budget, whole
 
@@ -195,7 +195,8 @@ def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="
 
     path: see toy_scenes, or a folder with train/ and val/ inside (ImageNet's format), or any
     folder of photos, of which every 20th in path order is then kept for validation. Where labels
-    lie beside a folder images/, or depth maps beside rgb/, only images/ or rgb/ is read.
+    lie beside a folder images/, or depth maps beside rgb/, only images/ or rgb/ is read, and where
+    BTS's lists lie, the photos that they name.
     on_error "skip": all validation photos are read once, and unreadable ones are left out.
     config: model.Config; ours: see list_images. InputError if size, mask or folder do not fit.
     """
@@ -213,6 +214,8 @@ def open_pretraining(path, config, mask="random", ratio=0.75, seed=0, on_error="
         train, val, world = scenes
         sources = [ToyWorld(split, n, config.image_size, world)
                    for split, n in (("train", train), ("val", val))]
+    elif listed := open_lists(Path(path), on_error, 1000.0, False):     # the photos, not the depth
+        sources = [Photos(r["photo"] for r in s.records) for s in listed]
     else:
         train, val = photo_folders(Path(path), ours)
         files = list_images(train, ours=ours)

@@ -833,6 +833,8 @@ def test_folders_of_photos():
         assert (len(train), len(val)) == (23, 2) and len({*train, *val}) == 25
         sets = data.open_pretraining(at / "flat", TINY, ours=at / "flat/2")     # a run's pictures
         assert {f.parent.name for s in sets for f in files.paths_of(s.source)} == {"0", "1"}
+        exported(at / "nyu", "nyu", 3)                      # of lists the photos, not the depth
+        assert [f.split("/")[-1][:3] for part in opened("nyu") for f in part] == ["rgb"] * 6
         tracemalloc.start()                                 # a path takes little memory
         photos = data.Photos(at / f"train/n01440764/{i}.JPEG" for i in range(20_000))
         taken = tracemalloc.get_traced_memory()[0]
