@@ -88,7 +88,7 @@ def share(counts, args, run):
             lists.append([])
             persons = 0
         lists[-1].append((0, i))
-        persons += max(1, counts[i])                        # a photo of nobody is still read
+        persons += max(1, counts[i])                        # a photo without persons is read, too
     return lists
 
 
@@ -144,7 +144,7 @@ class Packed:
             self.parts.append((first, end, tensor.dtype, tensor.shape))
         self.buffer = torch.empty(end, dtype=torch.uint8)
         if torch.utils.data.get_worker_info():
-            with contextlib.suppress(RuntimeError, OSError):            # full: memory of its own
+            with contextlib.suppress(RuntimeError, OSError):    # if it is full, keep the first one
                 self.buffer = shared(end)
         for tensor, (first, end, *_) in zip(packer.tensors, self.parts):
             if tensor.numel():              # numpy's empty arrays have strides that view() refuses
@@ -164,7 +164,7 @@ class Packed:
 
     def to(self, device="cpu"):
         """The batch, each of its tensors a view of one buffer on the device."""
-        # asynchronous only from pinned memory: another buffer may be freed when we return
+        # asynchronous only from pinned memory: a buffer that is not pinned may be freed on return
         buffer = self.buffer.to(device, non_blocking=self.buffer.is_pinned())
         tensors = [buffer[first:end].view(dtype).view(shape)
                    for first, end, dtype, shape in self.parts]
@@ -207,7 +207,7 @@ def end_data_processes():
 
 
 def loader(dataset, batches, collate, config, args, run):
-    """DataLoader over lists of (epoch, index), of Packed batches collate(config, samples).
+    """DataLoader: each list of (epoch, index) becomes a Packed batch, collate(config, samples).
 
     The data processes also plan the Layout; their number changes speed, never the samples.
     """
@@ -243,7 +243,7 @@ class Skipping:
         epoch, index = at
         for i in chain(range(index, len(self)), range(index)):
             try:
-                # epoch + index stays what it was: it decides the sample's task, data.Segmentation
+                # keep the sum epoch + index: it decides the sample's task (data.Segmentation)
                 return self.dataset[epoch + index - i, i]
             except InputError as error:
                 if not self.broken[i]:
