@@ -57,7 +57,7 @@ def read(path, flag):
 
 def load_pretrained(glid, args, run):
     """Fill a GLID with what a run starts from: --init-backbone, --init with --load, or nothing.
-    A run that goes on, or is graded, has all in its own checkpoint; these files may be gone."""
+    A resumed or graded run finds all weights in its own checkpoint, so these files may be gone."""
     if args.resume or args.eval:
         return
     loaded = []
@@ -139,7 +139,7 @@ def unwrapped(content):
     return weights
 
 
-# flags that may change when a run is resumed; the last six change the rest of the run
+# flags that may change when a run is resumed; those from batch_size on change the rest of the run
 CHANGEABLE = {"resume", "eval", "check", "workers", "out", "compile", "device", "save_every",
         "eval_every", "batch_size", "accumulate", "steps", "epochs", "lr", "on_error"}
 # flags that decide what the weights mean: they must not change with --eval either
@@ -154,8 +154,8 @@ MEANING = "classes", "category_ids", "joints", "things", "kinds"
 
 
 def answer_names(dataset):
-    """What the numbers of a network's answers mean, and a sum over the names of the photos that
-    validate: kept in its checkpoint, compared by resume."""
+    """What the numbers of a network's answers mean, and a checksum of the validation photos' names:
+    a checkpoint keeps both, and resume compares them."""
     photos = "".join(path.name for path in paths_of(getattr(dataset, "source", None)))
     return {k: v if k == "things" else list(v) for k in MEANING if (v := getattr(dataset, k, ()))} \
         | {"photos": zlib.crc32(photos.encode(errors="surrogateescape"))}
@@ -196,7 +196,7 @@ def resume(args, model, optimizer, run, dataset):
     means are still the same, else InputError.
 
     Returns (step, best metric so far, whether the evaluation of this step is still to be done);
-    (0, None, False) for a new run. The best on other photos is none.
+    (0, None, False) for a new run. The best metric is None if other photos validate now.
     """
     if not (args.resume or args.eval):
         return 0, None, False
@@ -214,7 +214,7 @@ def resume(args, model, optimizer, run, dataset):
     images = run.total_batch(args)
     was = checkpoint.get("total_batch", images)
     if was != images and not args.eval:
-        if not args.steps:                  # the step, counted anew, would be at another epoch
+        if not args.steps:                  # the step would lie in another epoch
             raise InputError(f"--batch-size {args.batch_size}: a step of {path} has {was} images, "
                              f"not {images}; keep --batch-size x --accumulate x processes = {was}")
         run.print0(f"{images} images a step now, {was} before")
@@ -242,4 +242,4 @@ def save_checkpoint(args, model, optimizer, run, step, best, dataset, is_best=Fa
         if is_best:
             save(content, Path(args.out, "best.pt"))
         save(content | {"optimizer": optimizer.state_dict()}, Path(args.out, "last.pt"))
-    run.sum(0)      # no process goes on, or ends, which ends the others, before the file is whole
+    run.sum(0)      # all wait until the file is whole: a process that ends would end rank 0, too
