@@ -4,8 +4,8 @@ From files (or ToyWorld) to batches: reading photos, joint augmentation, padding
 A data set is opened by open_pretraining(), open_segmentation(), ... from a folder (formats/) or
 the word "toyworld". Its samples are addressed by (epoch, index); every random choice of a sample
 (crop, flip, colours, which units are hidden) is drawn from a generator seeded with (seed, epoch,
-index), in pre-training also with the part. So it is the same for any number of workers or
-processes, and after a resume.
+index), in pre-training also with the split (training or validation). So the choice is the same for
+any number of workers or processes, and after a resume.
 
 Photos stay uint8 until they are on the device: a quarter of the bytes to copy and to crop.
 """
@@ -47,7 +47,7 @@ def derive_seed(*numbers):
 @contextlib.contextmanager
 def seeded(*numbers):
     """torch's CPU generator, which torchvision's transforms use, seeded inside the block only."""
-    with torch.random.fork_rng(devices=[]):                 # GPUs keep theirs
+    with torch.random.fork_rng(devices=[]):                 # the GPUs' stay as they are
         torch.default_generator.manual_seed(derive_seed(*numbers))
         yield
 
@@ -57,8 +57,8 @@ def seeded(*numbers):
 
 
 class Photos:
-    """Photos of a folder as samples {"image": uint8 [3, H, W]}. Their paths are one array: of a
-    list, each data process would copy what it reads (of ImageNet's paths 400 MB)."""
+    """Photos of a folder as samples {"image": uint8 [3, H, W]}. Their paths are one array,
+    because each data process would copy a list while it reads it (of ImageNet's paths 400 MB)."""
 
     def __init__(self, files):
         self.paths = np.array([os.fsencode(file) for file in files])            # bytes [N]
@@ -119,9 +119,9 @@ def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop",
 def hidden_units(strategy, side, ratio):
     """Which units of a side x side image the encoder must not see: bool [side, side].
 
-    The count depends on (side, ratio) alone, so that images of a batch stay aligned.
+    The count depends on (side, ratio) alone, so that all images of a batch hide equally many.
     random: side**2 - int(side**2 * (1 - ratio)) units, uniformly (MAE's rounding).
-    block:  rectangles as BEiT's until that many are hidden, the last one cut to fit.
+    block:  rectangles as BEiT's until that many are hidden; of the last one only a random part.
     grid:   one corner of every 2x2 cell stays; the ratio is 0.75 by construction.
     """
     units = side * side
@@ -173,8 +173,8 @@ class Pretraining:
 
     def row_budget(self, config, batch_size, trials=32):
         """Rows of attention to reserve for a batch of this size, see tokens.row_budget; estimated
-        from `trials` batches of masks, which are the same in every process. (Of --preset small's
-        batches of 512, one in 10 needs more than 8 trials have foretold, after 32 one in 50.)"""
+        from `trials` batches of masks, which are the same in every process. (For
+        --preset small's batches of 512, 8 trials are too few once in 10 batches, 32 once in 50.)"""
         with seeded(0):
             masks = [torch.stack([hidden_units(*self.mask) for _ in range(batch_size)])
                      for _ in range(trials)]
@@ -290,7 +290,7 @@ class ScaleToShortest:
         sample = dict(sample)
         for key, value in sample.items():
             if isinstance(value, tv_tensors.Mask):
-                stack = value.as_subclass(torch.Tensor)[..., None, :, :]    # a channel for each
+                stack = value.as_subclass(torch.Tensor)[..., None, :, :]    # [..., 1, H, W]
                 stack = resize(stack, size, InterpolationMode.NEAREST_EXACT)
                 sample[key] = tv_tensors.Mask(stack[..., 0, :, :])
             elif isinstance(value, tv_tensors.TVTensor):
@@ -314,7 +314,7 @@ def find_objects(task, sample, things):
     The first `things` classes are things, the others stuff. Each task reads from the sample:
     semantic: "semantic" uint8 [H, W] of classes; a mask for each class present, none for IGNORE.
     panoptic: "panoptic" int [H, W] of segment ids, 0 = void, and "segments" int64 [S, 3] of id,
-              class, iscrowd; a mask for each segment that has a pixel (left).
+              class, iscrowd; a mask for each segment that (still) has a pixel.
     instance: see find_instances.
     """
     if task == "instance":
@@ -348,7 +348,7 @@ def find_instances(sample, things):
     order = ids.argsort()
     number = torch.cat([torch.zeros(1, dtype=torch.int32), order.int() + 1])    # of the sorted ids
     listed = torch.cat([torch.zeros(1, dtype=torch.int64), ids[order]])
-    at = torch.searchsorted(listed, layers.long()).clamp(max=len(ids))
+    at = torch.searchsorted(listed, layers.long()).clamp(max=len(ids))  # [1, H, W] index in listed
     return labels, torch.where(listed[at] == layers, number[at], 0), crowd.bool()
 
 
@@ -368,7 +368,7 @@ class Segmentation:
     """(epoch, index) -> dict for collate().
 
     Training: image uint8 [3, H, W], task, labels int64 [N], masks bool [N, H, W] as find_objects
-              returns them, but no crowds, and nothing of what the crop has cut off completely.
+              returns them, but without crowds and without what the crop has cut off completely.
     Test:     image as the network gets it, index, original = (H0, W0) of the photo, at which every
               annotation is.
 
@@ -403,8 +403,8 @@ class Segmentation:
 
 def open_segmentation(path, size, fraction=1.0, seed=0, tasks=("semantic",), overfit=False,
                       flip=True, **reading):
-    """(training set, validation set) for the segmentation tasks; see open_sources. With
-    "instance" as the only task masks may overlap; else they are the panoptic map's things."""
+    """(training set, validation set) for the segmentation tasks; see open_sources. If
+    "instance" is the only task, masks may overlap; else they are the panoptic map's things."""
     keys = ["semantic"] * ("semantic" in tasks)
     if list(tasks) == ["instance"] and not toy_scenes(path, 1):
         keys += ["masks"]
@@ -525,7 +525,7 @@ class Tilt:
         angle = torch.empty(1).uniform_(-self.degrees, self.degrees).item()
         c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         h, w = sample["image"].shape[-2:]
-        matrix = torch.tensor([[[c, -s * h / w, 0], [s * w / h, c, 0]]])     # on -1..1 both ways
+        matrix = torch.tensor([[[c, -s * h / w, 0], [s * w / h, c, 0]]])     # for x, y in -1..1
         grid = F.affine_grid(matrix, [1, 1, h, w], align_corners=False)
         image = sample["image"].as_subclass(torch.Tensor)[None].float().contiguous()
         depth = sample["depth"].as_subclass(torch.Tensor)[None, None]
@@ -547,7 +547,7 @@ def depth_transform(height, width, flip=True):
 
 class Depth:
     """(epoch, index) -> dict for collate(): image uint8 [3, H, W], depth float [H, W] metres, 0 =
-    invalid. With augment a training crop of height x width px, else the whole photo as it is."""
+    invalid. With augment a training crop of at most height x width px, else the whole photo."""
 
     def __init__(self, source, augment, height, width, seed, flip=True):
         self.source, self.seed, self.unframe = source, seed, augment and source.kinect_frame
@@ -560,7 +560,7 @@ class Depth:
         epoch, index = at
         sample = self.source[index]
         if self.unframe and sample["image"].shape[-2:] == (480, 640):
-            # the white border that the Kinect's two cameras do not share, as BTS cuts it
+            # As BTS, cut off the white border, which the Kinect's two cameras do not both see
             sample = {k: v2.functional.crop(v, 45, 43, 427, 565) for k, v in sample.items()}
         with seeded(self.seed, epoch, index):
             return self.transform(sample)
@@ -576,7 +576,7 @@ def shrunk(photo, longest):
 
 def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False, flip=True, **reading):
     """(training set, validation set) for depth; height, width: the training crop, px. ToyWorld's
-    photos are squares of the longer side. See open_sources."""
+    photos are squares of max(height, width) px. See open_sources."""
     sources = open_sources(path, max(height, width), ["depth"], fraction, overfit, **reading)
     return [Depth(s, augment, height, width, seed, flip)
             for s, augment in zip(sources, (not overfit, False))]
@@ -587,7 +587,7 @@ def open_depth(path, height, width, fraction=1.0, seed=0, overfit=False, flip=Tr
 
 
 def collate_pretraining(config, samples, budget=None):
-    """Samples of Pretraining -> images uint8 [B, 3, S, S] and their Layout; budget: its rows."""
+    """Samples of Pretraining -> images uint8 [B, 3, S, S], their Layout; budget: see Layout."""
     images, hidden = (torch.stack(x) for x in zip(*samples))
     return images, whole(config, images, hidden, budget)
 
