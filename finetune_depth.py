@@ -33,7 +33,7 @@ from tokens import at_original
 
 PRESETS = {
     # two CPU cores, about a minute. A high query_lr helps less than in segmentation: Eq. 5 gives
-    # each query another depth, so the queries become different without it
+    # each query a depth of its own, so the queries become different even without it
     "tiny": dict(data="toyworld", steps=320, crop=[64, 64], batch_size=16, queries=32, lr=1e-3,
                  query_lr=120.0, drop_path=0.0, workers=1, eval_every=80),
     "small": dict(drop_path=0.1),
@@ -81,8 +81,8 @@ def depth_loss(depth, targets, patch, min_depth=0.0, max_depth=math.inf):
 @torch.no_grad()
 def predict(model, images, layout, originals, run, mirror=True):
     """uint8 images [B, 3, H, W] -> B depth maps float [H0, W0] in metres at the original sizes, on
-    the CPU; the mean of what the model says about the photo and, with mirror, about its mirror
-    image."""
+    the CPU; the answer for the photo or, with mirror, the mean of this and of that for its mirror
+    image, mirrored back."""
     sizes, patch = layout.sizes.tolist(), model.glid.config.patch
     layout = layout.to(run.device)
 
@@ -116,9 +116,9 @@ def graded(shape, args):
 
 
 def evaluate(model, dataset, args, run, path=None):
-    """Depth errors over the validation set, every image once on one process; picture of the first.
+    """Depth errors over the validation set, every image once, on one process; draws the first.
 
-    Returns the dict of REPORTED, each the mean of the images' own values, and their number.
+    Returns a dict of REPORTED, each the mean of the images' own values, and "images", their number.
     InputError if no pixel counts.
     """
     model.eval()
@@ -175,10 +175,10 @@ def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
 
 
 def spread(source, args):
-    """The depths of up to 16 training photos in a line: a wrong --depth-scale shows in it."""
+    """One line about the depths of up to 16 training photos, which shows a wrong --depth-scale."""
     depth = torch.zeros(0)
     for i in range(0, len(source), -(-len(source) // 16)):
-        with contextlib.suppress(*[InputError] * (args.on_error == "skip")):    # named in training
+        with contextlib.suppress(*[InputError] * (args.on_error == "skip")):    # training names it
             depth = torch.cat([depth, source.labels(i)["depth"][::4, ::4].flatten()])
     measured = depth[depth > 0]
     if not len(measured):
