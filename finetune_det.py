@@ -28,9 +28,9 @@ from model import Detector, normalize
 from survey import survey
 
 PRESETS = {
-    # two CPU cores, three minutes. No scene has more than 8 objects: with few queries each
-    # is matched often. See finetune_seg.py for the learning rate of the e_i. The heads start at
-    # zero and so need speed, too (docs/results.md)
+    # two CPU cores, three minutes. No scene has more than 8 objects; with few queries, each query
+    # is matched often. finetune_seg.py says why the e_i need a high learning rate. The heads start
+    # at zero, so they need a high one, too (docs/results.md)
     "tiny": dict(data="toyworld:1024", steps=1300, size=64, batch_size=8, queries=12,
                  many_queries=48, lr=1e-3, backbone_lr=1.0, query_lr=30.0, head_lr=15.0,
                  drop_path=0.0, workers=1, eval_every=650),
@@ -53,7 +53,7 @@ def flags():
     model("--many-queries", type=training.COUNT, default=1500, help="one-to-many queries [paper]")
     model("--repeats", type=positive, default=6, help="one-to-many queries matched to an object")
     optimiser("--epochs", type=positive, default=50, help="length of the schedule [paper]")
-    # weight decay as pre-training, and three of H-DETR's Swins; most of its others have 1e-4
+    # weight decay is pre-training's and that of three of H-DETR's Swins; most others have 1e-4
     parser.set_defaults(batch_size=2, out="out/detection", lr=2e-4, backbone_lr=0.1, drop_path=0.2,
                         weight_decay=0.05, clip=0.1, eval_every=5000)
     return parser
@@ -63,11 +63,11 @@ def detection_inference(class_logits, boxes, size, count=100):
     """The best `count` of all (query, class) pairs, no non-maximum suppression (H-DETR).
 
     class_logits [Q, K]; boxes [Q, 4] = centre x, y, width, height in 0..1; size: (H0, W0) of the
-    photo. Returns scores [D] falling, labels [D], boxes [D, 4] x1 y1 x2 y2 in the photo's pixels.
+    photo. Returns, best first, scores [D], labels [D], boxes [D, 4] x1 y1 x2 y2 in photo pixels.
     """
     scores, at = class_logits.float().sigmoid().flatten().sort(descending=True, stable=True)
     scores, at = scores[:count], at[:count]
-    query, label = at // class_logits.shape[1], at % class_logits.shape[1]
+    query, label = at // class_logits.shape[1], at % class_logits.shape[1]      # [D] each
     height, width = size
     boxes = corners(boxes[query].float()).clamp(0, 1) * boxes.new_tensor(
         [width, height, width, height])
@@ -86,7 +86,7 @@ def predict(model, images, layout, originals, run):
 
 def evaluate(model, dataset, args, run, path=None):
     """AveragePrecision.result of the validation set, a dict; draws the first images to `path`.
-    --eval: prints that of each class."""
+    With --eval it also prints the AP of each class."""
     model.eval()
     metric, rows = AveragePrecision("box", range(len(dataset.classes))), []
     batches = batching.share([1] * len(dataset), args, run)
