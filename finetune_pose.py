@@ -43,7 +43,7 @@ PRESETS = {
     "tiny": dict(data="toyworld", steps=700, size=[48, 32], batch_size=16, lr=2e-3,
                  query_lr=250.0, drop_path=0.0, warmup_steps=20, workers=1, eval_every=350,
                  clip=1e-3, zoom=0.25, rotation=10.0,
-                 # px of a map of 24 x 16: 2 would be an eighth of its width
+                 # px of a heatmap of 24 x 16 px: 2 px would be an eighth of its width
                  sigma=1.0),
     "small": dict(drop_path=0.1),
     "large": dict(drop_path=0.5),                   # ViTPose's for ViT-L
@@ -70,8 +70,8 @@ def flags():
     optimiser("--warmup-steps", type=positive, default=500, help="linear, from 0.001 of --lr")
     evaluation("--boxes", help="a detector's persons in the validation photos, COCO's results "
                "format (JSON); default: the true boxes")
-    # ViTPose's recipe, but for its layer-wise decay of the learning rate, which was tuned for a
-    # plain ViT; for Swin-B MMPose uses one rate for all layers. The paper does not say.
+    # ViTPose's recipe, except for its layer-wise decay of the learning rate, which was tuned for a
+    # plain ViT. For Swin-B MMPose uses one rate for all layers. The paper says nothing about it.
     parser.set_defaults(batch_size=64, out="out/pose", lr=5e-4, backbone_lr=1.0, drop_path=0.3,
                         weight_decay=0.1, clip=1.0, eval_every=3000)
     return parser
@@ -99,8 +99,8 @@ def predict(model, crops, args, run, flip=pose.FLIP):
 
 def answer(photo, joints, scores, sigmas=OKS_SIGMAS):
     """Joints [P, J, 2] in the crops of a photo's persons and their scores [P, J] -> what
-    AveragePrecision wants, in photo px, best person first, doubles removed; kept: which of the P
-    persons they are. photo: a test sample of Pose, for its back, area and scores."""
+    AveragePrecision wants, in photo px, best person first, duplicates removed; kept: which of the P
+    persons remain. photo: a test sample of Pose; its back, area and scores are used."""
     joints = pose.move(photo["back"], joints)
     persons = pose.rescore(photo["scores"], scores)
     keep = pose.oks_nms(joints, persons, photo["area"], sigmas=sigmas)
@@ -214,7 +214,7 @@ def main(args):
                                                           maps.shape[2:], args.sigma)
                     loss = heatmap_loss(maps, target, weight) / args.accumulate
                     loss.backward()
-                bar.add(1000 * loss)                # heatmaps are nearly empty: errors are small
+                bar.add(1000 * loss)                # most target pixels are 0: the loss is small
 
             # The gradient's norm is clipped, so that one odd batch cannot move the weights far.
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
