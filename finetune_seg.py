@@ -38,15 +38,15 @@ from model import Segmenter, normalize
 from survey import survey
 from tokens import at_original
 
-PART = 2**22                    # float numbers of mask logits to hold at the original size at once
+PART = 2**22                    # mask logits (floats) at the original size to hold at once
 QUERIES = {"semantic": 100, "instance": 200, "panoptic": 200}           # M [paper]
-# what is reported; the first of each chooses best.pt
+# what is reported; the first metric of each task chooses best.pt
 REPORTED = {"semantic": ["mIoU"], "instance": ["AP", "AP50", "AP75"],
             "panoptic": ["PQ", "PQ_things", "PQ_stuff"]}
 
 PRESETS = {
-    # two CPU cores, about a minute. The pre-trained decoder distinguishes queries by positions of
-    # size 0.7 a channel. The e_i must reach that size, which they never would at --lr
+    # two CPU cores, about a minute. In pre-training queries differ by their positions, whose size
+    # is 0.7 a channel. The e_i must grow from 0 to that size, which they never would at --lr
     "tiny": dict(data="toyworld", steps=320, size=64, batch_size=16, points=512, queries="32",
                  lr=1e-3, backbone_lr=1.0, query_lr=500.0, drop_path=0.0, workers=1,
                  eval_every=80,
@@ -109,8 +109,8 @@ def semantic_inference(class_logits, mask_logits, size, patch, original):
     """Mask2Former's: the class with the largest sum over queries of p(class) x p(mask).
 
     class_logits [M, K + 1] and mask_logits [M, h, w] of one image; size, patch, original as for
-    at_original. The logits are enlarged to the network's input, then the sum to the original, a
-    few classes at a time: 150 of 12 megapixels are 7 GB. Returns classes uint8 [H0, W0].
+    at_original. The logits are enlarged to the network's input, then the sums to the original, a
+    few classes at a time: 150 maps of 12 megapixels are 7 GB. Returns classes uint8 [H0, W0].
     """
     p, scores, done = class_logits.float().softmax(-1)[:, :-1], 0, 0    # [M, K], [K, H, W]
     for logits in in_parts(mask_logits, size, patch, size):
@@ -176,7 +176,7 @@ def panoptic_inference(class_logits, mask_logits, size, patch, original, things,
     p, labels = p[keep], labels[keep].tolist()
     best = torch.full(original, -1.0, device=mask_logits.device)            # p(class) p(mask)
     owner = torch.full_like(best, -1, dtype=torch.long)                     # query of each pixel
-    sure, areas = torch.zeros_like(best, dtype=torch.bool), []              # its p(mask) >= 1/2
+    sure, areas = torch.zeros_like(best, dtype=torch.bool), []              # owner's p(mask) >= 1/2
     for logits in in_parts(mask_logits[keep], size, patch, original):
         first, p_mask = len(areas), logits.sigmoid()
         value, query = (p[first:first + len(logits), None, None] * p_mask).max(0)   # [H0, W0]
@@ -269,8 +269,8 @@ def examples(task, photo, answer, truth, dataset, threshold=0.5):
 
 def evaluate(model, dataset, args, run, path=None):
     """REPORTED of every task over the whole validation set, every image once on one process; all
-    tasks ask about the same encoded image. Picture of the first images at `path`. --eval: prints
-    each class, too."""
+    tasks ask about the same encoded image. Draws the first images to `path`. With --eval it
+    also prints the first metric of each class."""
     model.eval()
     metrics, rows = {t: new_metric(t, dataset) for t in args.tasks}, []
     batches = batching.share([1] * len(dataset), args, run)
@@ -281,7 +281,7 @@ def evaluate(model, dataset, args, run, path=None):
         found = predict(model, images, layout, [t["original"] for t in truths], args,
                         dataset.things, run)
         for truth in truths:
-            answers = next(found)               # zip would keep the previous photo's
+            answers = next(found)               # zip would keep the masks of the previous photo
             truth["id"] = ids[truth["index"]]
             for task in args.tasks:
                 grade(task, metrics[task], answers[task], truth, dataset.things)
