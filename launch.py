@@ -38,7 +38,7 @@ def launch(main, args):
     except KeyboardInterrupt:                   # where no Progress handles signals
         code, message = 128 + signal.SIGINT, "stopped; there is nothing to save"
     except (InputError, FloatingPointError) as error:
-        # an error from a data process carries its traceback: the last line is ours
+        # an error from a data process begins with its traceback: take the text after it
         text = str(error).strip().rpartition("formats.files.InputError: ")[2]
         code, message = 2, f"error: {' '.join(text.splitlines())}"
     except OSError as error:
@@ -54,7 +54,7 @@ def launch(main, args):
 
 
 def joined():
-    """Whether this process is one of several. (Some builds of torch know no others.)"""
+    """Whether this process is one of several. (Some builds of torch lack torch.distributed.)"""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -95,7 +95,7 @@ def last_word(message):
     words = torchrun, os.environ["TORCHELASTIC_RUN_ID"], os.environ.get("MASTER_PORT"), \
         os.environ.get("TORCHELASTIC_RESTART_COUNT")
     claim = Path(tempfile.gettempdir(), "nanoglid-" + "-".join(map(str, words)))
-    with contextlib.suppress(OSError):          # left by an earlier run with the same numbers
+    with contextlib.suppress(OSError):          # a claim of an earlier run with equal numbers
         if time.time() - claim.stat().st_mtime > 60:
             claim.unlink()
     try:
@@ -108,7 +108,7 @@ def last_word(message):
     print(f"\n{message}\n", end="", file=sys.stderr, flush=True)
     if os.fork() == 0:
         try:
-            os.setsid()                         # torchrun ends our process group
+            os.setsid()                         # torchrun kills our process group: leave it
             os.closerange(3, 4096)              # close the pipes that others read, and GPUs
             while running(torchrun):
                 time.sleep(0.05)
