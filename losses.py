@@ -1,8 +1,8 @@
 """
 What every task is trained with: Hungarian matching and the losses of the paper's section 3.
 
-All of it runs in fp32, whatever the network runs in: a matching cost in half precision ties where
-there is no tie, and logs of small numbers vanish.
+All of it runs in fp32, whatever the network runs in: in half precision, unequal matching costs
+could become equal, and small differences of logarithms could be lost.
 
 Letters: L decoder layers, B images, Q queries, N objects of an image (padded to the most crowded
 image of the batch), K classes, P points, M matched pairs of query and object, of all layers and
@@ -34,15 +34,15 @@ def reconstruction_loss(prediction, target):
 
 @torch.no_grad()
 def hungarian(cost, counts, repeats=1):
-    """Best assignment of queries to objects, of every layer and image, from one transfer.
+    """Best assignment of queries to objects, for every layer and image; one copy to the CPU.
 
     cost:    dict name -> weighted float tensor [L, B, Q, N]; their sum is minimised. If a term is
              not finite, FloatingPointError gives its name.
     counts:  list of B ints, the real number of objects of each image (the rest of N is padding).
     repeats: queries an object gets: 1, or k for H-DETR's one-to-many branch.
     Returns int64 [M] each: layer, image, query, object. The optimum is scipy's (Jonker-Volgenant);
-    ties are broken arbitrarily but always in the same way, and so the identical queries of a fresh
-    head (e_i = 0, Eq. 3) become different.
+    ties are broken arbitrarily but always in the same way, which is how queries that
+    begin identical (e_i = 0, Eq. 3) become different.
     """
     total = sum(cost.values()).cpu().numpy()
     found = [np.zeros((4, 0), np.int64)]
@@ -81,7 +81,7 @@ def generalized_iou(a, b):
     union = area_a + area_b - shared
     low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
     hull = (high - low).prod(-1)
-    tiny = 1e-9                             # of the unit square that boxes are fractions of
+    tiny = 1e-9                             # area; boxes in 0..1 have areas of at most 1
     return shared / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
 
 
@@ -93,8 +93,8 @@ def detection_cost(class_logits, boxes, labels, target_boxes):
     centre x, y, width, height in 0..1 of the image.
     """
     layers, b, q = boxes.shape[:3]
-    # focal loss if the class is the answer, minus that if it is not
-    # [L, B, Q, K] each
+    # The class cost is the focal loss if the class is the answer (positive) minus the focal loss
+    # if it is not (negative): [L, B, Q, K] each
     positive = 0.25 * (1 - class_logits.sigmoid()).square() * F.softplus(-class_logits)
     negative = 0.75 * class_logits.sigmoid().square() * F.softplus(class_logits)
     answer = labels[None, :, None].expand(layers, b, q, -1)                 # [L, B, Q, N]
@@ -110,7 +110,7 @@ def detection_loss(class_logits, boxes, targets, num_objects, repeats=1):
     class_logits: [L, B, Q, K], one sigmoid per class.
     boxes:        [L, B, Q, 4], centre x, y, width, height in 0..1 of the image.
     targets:      list of B dicts, labels int64 [N_b], boxes float [N_b, 4] in the same form.
-    num_objects:  float, objects of the whole step per process (>= 1), the normaliser.
+    num_objects:  float, the normaliser: mean objects of a process in the whole step, at least 1.
     repeats:      queries matched to each object; the normaliser grows with it.
     Returns dict of scalars: class, L1, giou (unweighted) and loss, their sum weighted 2, 5, 2.
     Finite without objects and for boxes of no area, and every query gets a gradient.
@@ -143,8 +143,8 @@ def sample_points(maps, points):
 
 def sample_channels(maps, points):
     """maps [B, C, H, W] at points [B, P, 2] shared by the channels -> [B, C, P]."""
-    # Outside the middles of the outer pixels their values go on: zeros there would make every edge
-    # of the photo look undecided. Apple's GPUs lack padding_mode="border", which is the same
+    # Beyond the centres of the border pixels, their values continue: with zeros, every edge of the
+    # photo would look undecided. This is padding_mode="border", which Apple's GPUs lack
     inside = [at.clamp(0.5 / size, 1 - 0.5 / size)
               for at, size in zip(points.unbind(-1), (maps.shape[3], maps.shape[2]))]
     grid = 2 * torch.stack(inside, -1)[:, None] - 1                         # [B, 1, P, 2]
@@ -193,8 +193,8 @@ def uncertain_points(logits, scale, count, oversample=3, importance=0.75):
 
 
 def segmentation_loss(class_logits, mask_logits, targets, canvas, num_objects, points=12544):
-    """Mask2Former's set loss, summed over the decoder layers, each matched anew; but not asked of
-    the raw queries, which begin equal (Eq. 3).
+    """Mask2Former's set loss, summed over the decoder layers, each matched anew. But the
+    queries before the first layer get no loss, because they begin equal (Eq. 3).
 
     class_logits: [L, B, Q, K + 1], last = no object.
     mask_logits:  [L, B, Q, h, w], the 1/4 map of the padded canvas.
@@ -220,7 +220,7 @@ def segmentation_loss(class_logits, mask_logits, targets, canvas, num_objects, p
         cost = segmentation_cost(class_logits, mask_logits, labels, masks, scale, points)
         layer, image, query, obj = hungarian(cost, counts)
 
-    # classes: every query, the unmatched ones answer "no object" with a tenth of the weight
+    # Class loss of every query; unmatched ones should answer "no object", with weight 0.1
     last = class_logits.shape[-1] - 1
     answer = torch.full(class_logits.shape[:3], last, device=device)        # [L, B, Q]
     answer[layer, image, query] = labels[image, obj]
@@ -235,10 +235,10 @@ def segmentation_loss(class_logits, mask_logits, targets, canvas, num_objects, p
         return {"loss": 2 * class_loss + nothing, "class": class_loss, "mask": nothing,
                 "dice": nothing}
 
-    # masks: the matched pairs of all layers and images together
+    # Mask losses of the matched pairs, those of all layers and images together
     matched = mask_logits[layer, image, query]                              # [M, h, w]
     at = uncertain_points(matched, scale[image], points)                    # [M, P, 2]
-    # the truth one layer after the other: as floats it would be the largest tensor of the step
+    # The true masks are sampled layer by layer: all of them as floats would be the largest tensor
     parts = (x.split(len(layer) // len(class_logits)) for x in (image, obj, at))
     truth = torch.cat([sample_points(masks[i, o].float(), a) for i, o, a in zip(*parts)])
     cross_entropy, dice = (x.sum() / num_objects
@@ -269,7 +269,7 @@ def segmentation_cost(class_logits, mask_logits, labels, masks, scale, points):
     """
     layers, b, q = mask_logits.shape[:3]
     n = labels.shape[1]
-    # probability, not its logarithm: commensurable with the mask terms (DETR)
+    # the probability, not its logarithm, so that its size compares with the mask terms' (DETR)
     p = class_logits.softmax(-1)
     cost = {"class": -2 * p.gather(3, labels[None, :, None].expand(layers, b, q, n))}
     at = torch.rand(b, points, 2, device=labels.device) * scale[:, None]    # [B, P, 2]
@@ -296,13 +296,13 @@ def silog_loss(prediction, target, eps=1e-3):
     """Scale-invariant loss 10 sqrt(var(g) + 0.15 mean(g)^2), g = log prediction - log target.
 
     prediction, target: float in metres, of any one shape; prediction > 0. Pixels count
-    where target > 0. Eigen's loss with BTS's var (1 / n), BinsFormer's logarithms (of depth + eps)
-    and both's statistics, over all valid pixels of the batch, not of each image. Without a valid
-    pixel it is 0 with gradient 0.
+    where target > 0. Eigen's loss. As in BTS, the variance divides by n; as in BinsFormer, the
+    logarithms are of depth + eps; as in both, mean and variance are those of all valid pixels of
+    the batch, not of each image. Without a valid pixel it is 0 with gradient 0.
     """
     valid = target > 0
     g = torch.log(prediction.float() + eps) - torch.log(target.float() + eps)
-    g = torch.where(valid, g, 0)        # not g[valid], whose length a GPU would have to wait for
+    g = torch.where(valid, g, 0)        # not g[valid]: we would wait for the GPU to know its length
     count = valid.sum().clamp(min=1)
     mean = g.sum() / count
     deviation = (g - mean) * valid / count.sqrt()
@@ -319,8 +319,8 @@ def heatmap_loss(prediction, target, weight):
     """Smooth L1 (beta 1) of heatmaps: mean over the pixels of a joint, then over joints and images.
 
     prediction, target: [B, J, h, w]; weight: [B, J], 0 = this joint teaches nothing. The mean is
-    over all B * J, as ViTPose's: a batch with fewer joints has a smaller loss. Finite without any
-    joint, with gradient zero. For errors below 1 it is half of ViTPose's squared error.
+    over all B * J, as ViTPose's: a batch with fewer labelled joints has a smaller loss. Without any
+    it is 0 with gradient 0. For errors below 1 it is half of ViTPose's squared error.
     """
     error = F.smooth_l1_loss(prediction.float(), target.float(), reduction="none")
     return (error.mean((2, 3)) * weight).mean()
