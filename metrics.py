@@ -1,5 +1,5 @@
 """
-Every number the paper reports, from numpy arrays in fp64: mIoU, depth errors, COCO average
+Every metric that the paper reports, in fp64 from numpy arrays: mIoU, depth errors, COCO average
 precision (boxes, masks, keypoints), panoptic quality. All four classes are used the same way:
 
     metric.update(...)     # once per image, at the image's original size
@@ -20,7 +20,7 @@ import numpy as np
 # COCOeval.Params: `linspace`, because `arange` puts some thresholds one rounding too high
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)
-# square pixels, both ends inclusive; the first range gives the headline number
+# in square pixels, both ends belong to the range; the first range gives the headline number
 AREA_RANGES = {"all": (0, 1e5**2), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e5**2)}
 # nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles: how far annotators disagree
 OKS_SIGMAS = np.array([.26, .25, .25, .35, .35, .79, .79, .72, .72, .62, .62, 1.07, 1.07,
@@ -89,7 +89,7 @@ class DepthErrors:
 
     def __init__(self, min_depth, max_depth):
         self.min_depth, self.max_depth = min_depth, max_depth
-        self.rows = []  # [6] per image as NAMES
+        self.rows = []  # [6] per image, in the order of NAMES
 
     def update(self, prediction, target, valid=True):
         """prediction, target [H, W] metres; valid [H, W] bool, e.g. the Eigen crop."""
@@ -98,7 +98,7 @@ class DepthErrors:
         if not inside.any():
             return
         p, t = prediction[inside].astype(np.float64), target[inside].astype(np.float64)
-        require(not np.isnan(p).any(), "the predicted depth holds NaN")  # clip would not object
+        require(not np.isnan(p).any(), "the predicted depth holds NaN")  # clip lets NaN pass
         p = p.clip(self.min_depth, self.max_depth)  # as BinsFormer and AdaBins before scoring
         ratio = np.maximum(p / t, t / p)
         self.rows.append(np.array([(ratio < 1.25**k).mean() for k in (1, 2, 3)] + [
@@ -154,9 +154,9 @@ def greedy_match(overlap, outcome, ignored, crowd):
     """COCOeval.evaluateImg for all area ranges and thresholds at once; changes `outcome`.
     overlap [D, G] in falling score order, outcome [A, T, D], ignored [A, G], crowd [G].
     Each detection in turn takes the free truth that it overlaps most, an ignored one only if no
-    other is left; a crowd is never used up."""
+    other fits; a crowd is never used up."""
     free = np.ones((*outcome.shape[:2], len(crowd)), bool)  # [A, T, G]
-    # Most detections reach no truth even at the lowest threshold: they stay what they are
+    # Most detections reach no truth even at the lowest threshold: their outcome does not change
     for d in np.flatnonzero(overlap.max(1, initial=0) >= THRESHOLDS[0]):
         fits = free & (overlap[d] >= THRESHOLDS[:, None])
         regular = fits & ~ignored[:, None]
@@ -261,7 +261,7 @@ class AveragePrecision:
         return shapes, (boxes[:, 2:] - boxes[:, :2]).prod(1), boxes
 
     def merge(self, other):
-        self.images = {**other.images, **self.images}  # a sampler's padding is counted once
+        self.images = {**other.images, **self.images}  # an image graded twice counts once
 
     def result(self):
         """COCOeval.summarize: AP, AP50, AP75, APs, APm, APl and per_category {id: AP}; AR1, AR10,
@@ -323,7 +323,7 @@ class PanopticQuality:
             self.ious[kind[g]].append(float(iou[g, d]))
         # a prediction that is mostly void or crowd of its own category is no mistake
         excused = void.copy()
-        for g in {kind[g]: g for g in np.flatnonzero(crowd)}.values():  # one crowd per category
+        for g in {kind[g]: g for g in np.flatnonzero(crowd)}.values():  # the last of a category
             excused += np.where(found_kind == kind[g], shared[g], 0)
         wrong = ~match.any(0) & (excused <= found_area / 2)
         missed = ~match.any(1) & ~crowd
