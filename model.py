@@ -13,7 +13,7 @@ Letters in the shape comments
     C  channels of a stage        D  width of BiFPN and decoder
     G  rows of window attention   S  slots in a row = window ** 2
     h  heads, d channels a head   L  decoder layers
-    K  keys of an image; classes  Q  queries of an image; M as in the paper in fine-tuning
+    K  keys; in heads: classes    Q  queries of an image; in fine-tuning: M, as in the paper
     p  px a side of a patch       u  px a side of a unit
     N  hidden units of an image (pre-training)
 Maps of 1/4 to 1/32 are those of patch 4; `tiny` has patch 2, so 1/2 to 1/16.
@@ -36,12 +36,12 @@ from tokens import Collect, Spread, inside, morton, scatter
 @dataclass
 class Config:
     """Sizes of a GLID. The defaults are the paper's Swin-B model."""
-    patch: int = 4                  # px a side; a unit is 8 patches = total stride of stage 4
+    patch: int = 4                  # px a side; a unit has 8 x 8 patches = one token of stage 4
     width: int = 128                # channels of stage 1, doubled at every stage
-    depths: list = field(default_factory=lambda: [2, 2, 18, 2])
-    heads: list = field(default_factory=lambda: [4, 8, 16, 32])
+    depths: list = field(default_factory=lambda: [2, 2, 18, 2])     # blocks of each stage
+    heads: list = field(default_factory=lambda: [4, 8, 16, 32])     # attention heads, each stage
     window: int = 6                 # tokens a side
-    drop_path: float = 0.0          # rate of the last encoder block, linear from 0
+    drop_path: float = 0.0          # rate of the last encoder block; it rises linearly from 0
     dim: int = 512                  # D [paper]
     decoder_layers: int = 6         # [paper]; a multiple of 3, so that every scale is read
     decoder_heads: int = 16         # a guess, see docs/paper.md
@@ -83,20 +83,20 @@ class WindowAttention(nn.Module):
     def forward(self, x, windows):
         """[T, C] -> [T, C]; windows: see tokens.Windows."""
         dim, slots = x.shape[1], round(len(self.bias_index) ** 0.5)
-        # whole rows of qkv are gathered: all heads of a token lie together
+        # one gather takes q, k and v of all heads of a token: they lie side by side
         rows = Spread.apply(self.qkv(x), windows.token, windows.place)          # [G * S, 3 C]
-        rows = rows.view(-1, slots, 3, self.heads, dim // self.heads)
+        rows = rows.view(-1, slots, 3, self.heads, dim // self.heads)           # [G, S, 3, h, d]
         q, k, v = rows.permute(2, 0, 3, 1, 4)                       # 3 x [G, h, S, d]
         bias = self.bias_table.index_select(0, self.bias_index).view(slots, slots, -1)
         bias = bias.permute(2, 0, 1)                                # [h, S, S]
         score = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)     # [G, h, S, S]
         score.add_(bias)                                # in place: under autocast it stays bf16
         if windows.owner is not None:
-            # windows that share a row do not see each other; empty slots may look at each other
-            # (never read), so that no row of the softmax is empty
+            # Windows that share a row must not see each other. Empty slots see each other, so that
+            # no row of the softmax is empty; what they compute is never read
             alien = windows.owner[:, None, :, None] != windows.owner[:, None, None]
             score.add_(torch.where(alien, -math.inf, 0.0))          # [G, 1, S, S]
-        # the kernel sums in fp32 anyway; without `dtype` autocast would also return fp32
+        # softmax sums in fp32 in any case; without `dtype`, autocast would make its output fp32 too
         out = score.softmax(-1, dtype=v.dtype) @ v                  # [G, h, S, d]
         out = out.transpose(1, 2).reshape(-1, dim)                  # [G * S, C]
         return self.proj(Collect.apply(out, windows.place))
@@ -140,7 +140,7 @@ class PatchMerging(nn.Module):
 
 
 class Swin(nn.Module):
-    """Packed Swin: units of pixels [n, 3, 8p, 8p] -> normalised tokens of 4 stages, [T, C] each."""
+    """Packed Swin: pixels of units [n, 3, 8p, 8p] -> normalised tokens of 4 stages, [T, C] each."""
 
     def __init__(self, config):
         super().__init__()
@@ -153,7 +153,7 @@ class Swin(nn.Module):
             nn.ModuleList(SwinBlock(c, h, config.window, next(rates)) for _ in range(depth))
             for c, h, depth in zip(widths, config.heads, config.depths))
         self.merges = nn.ModuleList(PatchMerging(c) for c in widths[:3])
-        # one norm per stage, as in Mask2Former; trained in pre-training too, so that they transfer
+        # One norm per stage, as in Mask2Former. Pre-training trains them too, so that they transfer
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in widths)
 
     def patches(self, units):
@@ -169,7 +169,7 @@ class Swin(nn.Module):
             if stage > 0:
                 x = self.merges[stage - 1](x)
             windows = [layout.windows(stage, shifted) for shifted in (False, True)[:len(blocks)]]
-            for i, block in enumerate(blocks):                      # every other one is shifted
+            for i, block in enumerate(blocks):                      # every second block is shifted
                 x = block(x, windows[i % 2])
             maps.append(self.norms[stage](x))
         return maps                                                 # 4 x [T_s, C_s]
@@ -180,7 +180,7 @@ def resize_bias_table(table, window):
     old, new = round(len(table) ** 0.5), 2 * window - 1
     if old == new:
         return table
-    grid = table.t().reshape(1, -1, old, old)
+    grid = table.t().reshape(1, -1, old, old)                       # [1, h, 2v - 1, 2v - 1]
     grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
     return grid.reshape(table.shape[1], -1).t().contiguous()
 
@@ -189,7 +189,7 @@ def swin_from_others(state, config):
     """A Swin's state dict from torchvision, timm or the official repositories -> (state dict with
     our names, name of the source). The window may have any size: its bias table is resized.
 
-    The norms of stages 1-3 are missing, because a classifier reads stage 4 only.
+    A classifier's file lacks the norms of stages 1-3, because a classifier reads stage 4 only.
     """
     # timm merges at the beginning of a stage, the official code at the end
     late = "layers.0.downsample.reduction.weight" in state
@@ -212,7 +212,7 @@ def swin_from_others(state, config):
             key = "norms.3." + key.removeprefix("norm.")
         if key.split(".")[0] in ("embed", "embed_norm", "stages", "merges", "norms") and \
                 not key.endswith(("relative_position_index", "attn_mask")):
-            out[key] = value.flatten(1) if value.ndim == 4 else value
+            out[key] = value.flatten(1) if value.ndim == 4 else value   # convolution -> linear
     return {k: resize_bias_table(v, config.window) if k.endswith("bias_table") else v
             for k, v in out.items()}, whose
 
@@ -227,7 +227,7 @@ class Fusion(nn.Module):
     This is EfficientDet's "fast normalised fusion" with LayerNorm instead of BatchNorm: LayerNorm
     works on packed tokens, and no batch statistics change from pre-training to fine-tuning.
     Hidden tokens are zero before the convolution and dropped after it, so they stay hidden. Its
-    weights lie as their gradient does (channels last), or DDP warns and copies.
+    weights are stored channels last, as their gradient is; otherwise DDP would warn and copy.
     """
 
     def __init__(self, dim, inputs):
@@ -250,20 +250,20 @@ class Fusion(nn.Module):
 
 
 def up(x):
-    """Nearest x2: every child gets its parent. [T, D] -> [4 T, D]."""
+    """Nearest-neighbour x2: four children get a copy of their parent. [T, D] -> [4 T, D]."""
     return x.repeat_interleave(4, 0)
 
 
 def down(x):
-    """2x2 max pooling; EfficientDet's 3x3 would leave a unit. [4 T, D] -> [T, D]."""
+    """2x2 max pooling; EfficientDet's 3x3 would read across units. [4 T, D] -> [T, D]."""
     return x.view(-1, 4, x.shape[1]).amax(1)
 
 
 class BiFPN(nn.Module):
     """Maps [T, C] of 1/4..1/32 -> the same scales, [T, D], after a top-down and a bottom-up pass.
 
-    Thanks to the bottom-up path the 1/4 map, which the decoder never reads, feeds the maps that it
-    does read, and so is pre-trained too. The paper says only "Bi-FPN"; we use one repeat.
+    The decoder never reads the 1/4 map. But through the bottom-up path this map feeds the maps that
+    it does read, and so it is pre-trained too. The paper says only "Bi-FPN"; we use one repeat.
 
     p: inputs, t: after the top-down pass, o: outputs, [T, D] each; the digit is stage + 2, as in
     EfficientDet: p2 is the map of 1/4.
@@ -330,13 +330,13 @@ class DecoderLayer(nn.Module):
 
 class Decoder(nn.Module):
     """Query decoder; its layers read 1/32, 1/16, 1/8 in turn. Positions are added to the keys, not
-    to the values, as in DETR and Mask2Former. Owns [CLS] of Eq. 3, which so comes with the decoder
-    in Table 4 (a guess)."""
+    to the values, as in DETR and Mask2Former. [CLS] of Eq. 3 is a part of the decoder, so
+    Table 4 loads it together with the decoder (a guess)."""
 
     def __init__(self, config):
         super().__init__()
         self.cls = nn.Parameter(torch.empty(config.dim))
-        self.level = nn.Parameter(torch.empty(3, config.dim))       # 1/32, 1/16, 1/8
+        self.level = nn.Parameter(torch.empty(3, config.dim))       # embeddings of 1/32, 1/16, 1/8
         self.layers = nn.ModuleList(DecoderLayer(config.dim, config.decoder_heads)
                                     for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(config.dim)
@@ -365,9 +365,9 @@ class Decoder(nn.Module):
 # GLID
 
 
-# Value of padding pixels inside the units at the border, nearly black. 0 (the mean pixel) would not
-# do: while biases are zero, a patch of zeros gives a token of zeros, and LayerNorm multiplies its
-# gradient by 300
+# Value of padding pixels inside the units at the border, nearly black. It must not be 0 (the mean
+# pixel): while biases are zero, a patch of zeros gives a token of zeros, and there LayerNorm
+# multiplies the gradient by 300
 PADDING = -2.0
 
 
@@ -388,10 +388,10 @@ class GLID(nn.Module):
         """Normalised images float [B, 3, H, W] -> pixels of the visible units [n, 3, u, u]."""
         unit = self.config.unit
         height, width = (n * unit for n in layout.grid_units)
-        if layout.padded:                   # no answer depends on what the padding holds
+        if layout.padded:       # one value for all padding: no answer depends on what was there
             images = torch.where(inside(layout.sizes, *images.shape[2:])[:, None], images, PADDING)
         images = F.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]),
-                       value=PADDING)
+                       value=PADDING)                               # [B, 3, Uh * u, Uw * u]
         return units_at(images, unit, layout.units)
 
     def encode(self, images, layout):
@@ -405,7 +405,7 @@ class GLID(nn.Module):
         count = len(range(layout.batch)[which])                                         # B
         queries = (self.decoder.cls + offsets).expand(count, -1, -1)        # Eq. 3: [B, M, D]
         if count == 0:                          # nothing to ask, but the e_i stay in the graph
-            return queries[None]
+            return queries[None]                # [1, 0, M, D]
         return self.decoder(queries, maps, layout, self_mask, every_layer, which)
 
 
@@ -431,14 +431,14 @@ PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # Im
 
 
 def normalize(images):
-    """uint8 [B, 3, H, W] -> float, ImageNet mean and standard deviation."""
+    """uint8 [B, 3, H, W] -> float, minus ImageNet's mean, divided by its standard deviation."""
     mean, std = pixel_statistics(images.device)
     return (images.float() - 255 * mean) / (255 * std)
 
 
 @cache
 def pixel_statistics(device):
-    """ImageNet mean and standard deviation of 0..1 pixels, [3, 1, 1] each; copied there once."""
+    """ImageNet mean and standard deviation of 0..1 pixels, [3, 1, 1] each; made once per device."""
     return [torch.tensor(v, device=device).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD)]
 
 
@@ -466,7 +466,7 @@ class Pretrainer(nn.Module):
     def target(self, images, where):
         """Pixels of the units `where` [B * N, 3] = image, row, column: float [B, N, 3 * unit**2];
         with norm_pix each unit minus its mean, over its standard deviation."""
-        x = units_at(images, self.glid.config.unit, where).flatten(1)
+        x = units_at(images, self.glid.config.unit, where).flatten(1)       # [B * N, 3 unit**2]
         if self.norm_pix:
             mean, std = unit_statistics(x)
             x = (x - mean) / std
@@ -506,21 +506,21 @@ class Detector(nn.Module):
         self.offsets = nn.Parameter(torch.zeros(sum(self.groups), config.dim))      # e_i of Eq. 3
         self.classify = nn.Linear(config.dim, num_classes)
         self.box = nn.Linear(config.dim, 4)
-        # Both start at zero (a guess; Deformable DETR's boxes do): what random weights cost, and
-        # how much one seed differs from another, see docs/results.md. Every class has probability
-        # 0.01 (focal loss's prior), or 1800 x K answers that are "no" would drown the "yes"
+        # Both layers start at zero (a guess; Deformable DETR's box layer does): docs/results.md
+        # says what random weights cost. Every class starts with probability 0.01 (focal loss's
+        # prior), because otherwise 1800 x K answers "no" would outweigh the few answers "yes"
         for weight in (self.classify.weight, self.box.weight, self.box.bias):
             nn.init.zeros_(weight)
         nn.init.constant_(self.classify.bias, -math.log(99))
 
     def forward(self, images, layout, train=False):
         """-> class logits [L, B, Q, K], boxes [L, B, Q, 4] = centre x, y, width, height in 0..1 of
-        the image (not of the padded batch). train: every layer and both groups of queries."""
+        the image (not of the padded batch). train: from every layer and both groups of queries."""
         offsets, self_mask = self.offsets[:self.groups[0]], None
         if train:
             offsets = self.offsets
             group = torch.arange(len(offsets), device=offsets.device) < self.groups[0]      # [Q]
-            self_mask = group[:, None] == group
+            self_mask = group[:, None] == group                                         # [Q, Q]
         x = self.glid.ask(self.glid.encode(images, layout), layout, offsets, self_mask, train)
         return in_fp32(self.classify, x), in_fp32(self.box, x).sigmoid()
 
@@ -536,8 +536,8 @@ class MaskHead(nn.Module):
         self.apply(_init)
 
     def forward(self, x, map4):
-        """x [L, B, M, D], map4 [B, H, W, D] -> classes [L, B, M, K + 1], masks [L, B, M, H, W]."""
-        # Eq. 4 without its sigmoid, which the losses take together with the logarithm
+        """x [L, B, M, D], f^b [B, H, W, D] -> classes [L, B, M, K + 1], masks [L, B, M, H, W]."""
+        # Eq. 4 without its sigmoid: the losses combine it with the logarithm
         masks = torch.einsum("lbmd,bhwd->lbmhw", self.embed(x), map4)
         return in_fp32(self.classify, x), masks
 
@@ -555,7 +555,7 @@ class Segmenter(nn.Module):
     def forward(self, images, layout, asked, every_layer=False):
         """One pass of the encoder, then every task asks about its images.
 
-        asked: dict task -> slice of the batch; a task without an image gets an empty one, so that
+        asked: dict task -> slice of the batch; a task without an image gets an empty slice, so that
         its head has a gradient (of zero) in every process.
         Returns dict task -> (classes [L, B, M, K + 1], mask logits [L, B, M, H, W] at 1/4 of the
         padded canvas), B the images of its slice, L = 1 unless every_layer.
@@ -577,7 +577,7 @@ class DepthEstimator(nn.Module):
         self.glid = GLID(config)
         self.min_depth, self.max_depth = min_depth, max_depth               # metres
         self.offsets = nn.Parameter(torch.zeros(num_queries, config.dim))   # e_i of Eq. 3
-        # no biases: what all queries share cancels in the softmax over queries of Eq. 5 and 6
+        # No biases: a term that all queries share cancels in the softmax over them (Eq. 5 and 6)
         self.length = nn.Linear(config.dim, 1, bias=False)
         self.embed = nn.Linear(config.dim, config.dim, bias=False)
         self.length.apply(_init)
@@ -617,7 +617,7 @@ class PoseEstimator(nn.Module):
         _init(self.embed)
 
     def forward(self, images, layout):
-        """Person crops, normalised float [B, 3, H, W] -> heatmaps [B, J, H / 4, W / 4], raw."""
+        """Person crops [B, 3, H, W] -> heatmaps float [B, J, h, w] of 1/4 the size, unbounded."""
         maps = self.glid.encode(images, layout)
         x = self.glid.ask(maps, layout, self.offsets)
         map4 = layout.to_grid(maps[0], 0)                                   # [B, h, w, D]
