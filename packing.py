@@ -12,27 +12,27 @@ from functools import lru_cache
 
 import numpy as np
 
-WORD = 48                       # slots in a word: a sum of distinct bits is exact in a float64
+WORD = 48                       # slots, a bit each, in a number: a float64 holds 53 bits exactly
 
 
 def share_rows(occupied):
     """Give every window a row of attention; windows whose visible slots do not collide share one.
 
-    Swin's cyclic shift, which joins the half windows of opposite borders, is the special case
-    "nothing hidden". At 75 % hidden this saves over half of the rows. Windows of the same pattern
-    of occupied slots are interchangeable, and a batch has few patterns. So patterns are packed:
-    take the fullest one left, add the fullest ones that still fit, and fill as many rows this way
-    as the scarcest of them allows.
+    Where nothing is hidden, Swin's cyclic shift does this: it joins the half windows of opposite
+    borders. At 75 % hidden, sharing saves over half of the rows. Windows with the same pattern of
+    occupied slots are interchangeable, and a batch has few patterns. So patterns are packed: take
+    the fullest pattern left, add the fullest ones that still fit, and fill as many rows in this way
+    as the pattern with the fewest windows left allows.
 
     occupied: int64 [W, words], the occupied slots of each window as bits. Returns int64 [W].
     """
     code = occupied[:, 0]
-    for word in occupied.T[1:]:                             # window > 6: the slots fill more words
+    for word in occupied.T[1:]:             # window > 6 has several words: join them in one number
         code, word = (np.unique(x, return_inverse=True)[1] for x in (code, word))
         code = code * len(occupied) + word
     _, first, pattern_of, left = np.unique(code, return_index=True, return_inverse=True,
                                            return_counts=True)
-    patterns = occupied[first]                              # [P, words]; left: windows of each
+    patterns = occupied[first]              # [P, words]; left: [P], its windows without a row yet
     # Fullest first; slots that many windows want count most, because they need the most rows
     slots = np.unpackbits(np.ascontiguousarray(patterns).view(np.uint8), axis=1).astype(np.int64)
     wanted = left @ slots                                   # windows that occupy each slot
@@ -41,7 +41,7 @@ def share_rows(occupied):
     # Which patterns fit together. A set of patterns is a Python integer, bit i = the i-th fullest
     patterns = patterns[order]
     fits = ((patterns[:, None] & patterns) == 0).all(-1)    # [P, P]
-    np.fill_diagonal(fits, False)                           # an empty one would fit itself
+    np.fill_diagonal(fits, False)                           # a pattern without slots fits itself
     fits = [int.from_bytes(row.tobytes(), "little")
             for row in np.packbits(fits, axis=1, bitorder="little")]
     order, left = order.tolist(), left.tolist()
@@ -94,24 +94,24 @@ def plan(units, origin, side, window):
     units: int64 [n, 3] image, row, column; origin: [n, 2], the unit's first token counted from the
     corner of the image's first window, y and x. Returns rows [n, k * k], G, W.
     """
-    k, first, begin = touched(side, window), origin // window, origin % window
+    k, first, begin = touched(side, window), origin // window, origin % window  # 2 x [n, 2]
     wide = int(first.max()) + k
     near = np.arange(k)
     number = (units[:, :1] * wide + first[:, :1] + near)[:, :, None] * wide
     number = (number + (first[:, 1:] + near)[:, None]).reshape(len(units), -1)      # [n, k * k]
     table, place = slots_of_units(side, window), begin[:, 0] * window + begin[:, 1]
     occupied = np.stack([np.bincount(number.ravel(), word[place].ravel()) for word in table], 1)
-    used = occupied.any(1).nonzero()[0]
+    used = occupied.any(1).nonzero()[0]     # bincount added distinct bits, so it joined the slots
     row_of = np.zeros(len(occupied), np.int64)
     row_of[used] = rows = share_rows(occupied[used].astype(np.int64))
     return row_of[number], int(rows.max()) + 1, len(used)
 
 
 def enough(needed, budget):
-    """Rows that a batch gets: the budget, or the first of its raised levels that is enough, so
-    that few different numbers occur -> (rows, level).
+    """Rows that a batch gets -> (rows, level): the budget, which is level 0, or the lowest higher
+    level that is enough. There are few levels, and so few different shapes.
 
-    It depends on the batch alone, so every process and a resumed run get the same answer.
+    The answer depends on batch and budget alone, so a resumed run gets the same one.
     """
     for level in range(99):
         rows = [math.ceil(b * (1 + 0.05 * (2 ** level - 1))) for b in budget]
