@@ -82,8 +82,8 @@ def flip_order(names, pairs=None, sides=SIDES):
 
 def require_sides(path, names, flip, keypoints):
     """InputError if no joint's name has a side, but two joints keep their sides in the photos, so
-    that mirrored samples would be labelled wrongly: one is left of the other in over 70 % of the
-    objects, and more often than by chance (once in 2000 pairs). Only a note if other names have
+    that mirrored samples would be labelled wrongly: one joint is left of the other in over 70 % of
+    the objects, and more often than chance does in 1 of 2000 pairs. Only a note if some names have
     sides. keypoints: list of [P, J, 3]."""
     every = np.concatenate(keypoints)                       # [P, J, 3]
     alone = [i for i, j in enumerate(flip) if i == j]
@@ -120,7 +120,7 @@ def oks_sigmas(names):
 
 
 def fit(centre, extent, height, width, padding=PADDING):
-    """Smallest view with the crop's aspect around extent = (w, h) px, times the padding.
+    """Smallest view with the crop's aspect ratio around extent = (w, h) px, times the padding.
 
     Returns centre [2], size [2] = (w, h), float64 photo px; at least 1 px, so that no box is flat.
     """
@@ -162,7 +162,7 @@ def warp(image, matrix, height, width):
     """uint8 [3, H0, W0] -> crop uint8 [3, H, W], black outside the photo, bilinear.
 
     A person larger than the crop is first shrunk by a whole factor with a box filter (PIL's
-    reduce), because fine texture would alias; bilinear sampling does the rest, below 2.
+    reduce), because fine texture would alias; bilinear sampling shrinks the rest, by less than 2.
     """
     back = inverse(matrix)
     # photo px per crop px; without the epsilon, rounding could turn an exact 2 into 1
@@ -211,7 +211,7 @@ def random_view(box, keypoints, height, width, zoom=0.5, rotation=40.0, upper=UP
     such halves), scale N(1, zoom) clipped at one standard deviation, angle N(0, rotation degrees)
     clipped at two (p 0.6), mirror (p 0.5).
     """
-    shifts, halves, half, turns, mirrored, *shift = torch.rand(7).tolist()
+    shifts, halves, half, turns, mirrored, *shift = torch.rand(7).tolist()      # each in 0..1
     scale, angle = torch.randn(2).tolist()
     centre, size = fit_box(box, height, width)
     if shifts < 0.3:
@@ -246,8 +246,8 @@ def heatmap_targets(joints, labelled, crop, size, sigma=2.0):
     joints [B, J, 2] crop px; labelled [B, J]; crop (H, W); size (h, w) of the map; sigma in
     heatmap px. Centres are not rounded. Returns maps [B, J, h, w] and weights [B, J], 0 for a joint
     that has no label or lies outside the map, because there is no peak to learn.
-    ViTPose cuts the tails beyond 3 sigma (below 0.011), here they stay; and it teaches the tail of
-    a joint that lies up to 3 sigma outside the map, to which we give no weight.
+    ViTPose cuts the tails beyond 3 sigma (below 0.011); here they stay. ViTPose also teaches the
+    tail of a joint that lies up to 3 sigma outside the map; we give that joint no weight.
     """
     (h, w), device = size, joints.device
     # plain numbers, not tensors made of them: a GPU would stop for each copy
@@ -258,7 +258,7 @@ def heatmap_targets(joints, labelled, crop, size, sigma=2.0):
     x, y = (torch.exp(-(torch.arange(n, device=device) - c[..., None]) ** 2 / (2 * sigma ** 2))
             for n, c in axes)                                               # [B, J, w], [B, J, h]
     weight = (labelled.bool() & inside).float()
-    return y[..., :, None] * x[..., None, :] * weight[..., None, None], weight
+    return y[..., :, None] * x[..., None, :] * weight[..., None, None], weight      # [B, J, h, w]
 
 
 def flip_average(maps, mirrored, flip=FLIP):
@@ -297,11 +297,11 @@ def decode(maps, crop, sigma=2.0):
     y, x = place // w, place % w
     log = blurred(maps, sigma).clamp(1e-3, 50).log()                        # MMPose's bounds
     near = lambda dy, dx: log[torch.arange(b * j, device=maps.device), y + 1 + dy, x + 1 + dx]
-    centre, dx = near(0, 0), (near(0, 1) - near(0, -1)) / 2
+    centre, dx = near(0, 0), (near(0, 1) - near(0, -1)) / 2     # [N]; dx, dy: first derivatives
     dy = (near(1, 0) - near(-1, 0)) / 2
     xx, yy = (near(*p) + near(*m) - 2 * centre
               for p, m in (((0, 1), (0, -1)), ((1, 0), (-1, 0))))
-    xy = (near(1, 1) + near(-1, -1) - near(1, -1) - near(-1, 1)) / 4
+    xy = (near(1, 1) + near(-1, -1) - near(1, -1) - near(-1, 1)) / 4    # xx, yy, xy: second ones
     determinant = xx * yy - xy ** 2
     top = (determinant > 1e-9) & (xx < 0)                                   # negative definite
     step = torch.stack([xy * dy - yy * dx, xy * dx - xx * dy], 1) / determinant[:, None]
@@ -316,13 +316,13 @@ def decode(maps, crop, sigma=2.0):
 
 
 def rescore(box_scores, joint_scores):
-    """A person's score: the box's [P] times the mean of those of its joints [P, J] above 0.2."""
+    """A person's score: the box's [P] times the mean of its joints' scores [P, J] above 0.2."""
     sure = joint_scores > 0.2
     return box_scores * (joint_scores * sure).sum(1) / np.maximum(sure.sum(1), 1)
 
 
 def oks_nms(joints, scores, areas, threshold=0.9, sigmas=OKS_SIGMAS):
-    """Drop what repeats a better person: which of P to keep, int [K], best first.
+    """Drop duplicates of a better person: which of the P to keep, int [K], best first.
 
     joints [P, J, 2] photo px, scores [P], areas [P] px of the views. Two persons are one if their
     object keypoint similarity, at the mean of their areas, exceeds the threshold.
@@ -332,7 +332,7 @@ def oks_nms(joints, scores, areas, threshold=0.9, sigmas=OKS_SIGMAS):
     while len(left):
         best, left = left[0], left[1:]
         keep.append(best)
-        # every joint counts, so the boxes that stand in for unlabelled ones are never read
+        # all joints count as labelled, so the boxes (zeros) are never used
         similar = keypoint_overlaps(seen[[best]], seen[left], np.zeros((len(left), 4)),
                                     (areas[best] + areas[left]) / 2, sigmas)[0]
         left = left[similar <= threshold]
@@ -375,7 +375,7 @@ def read_boxes(path, ids, kinds):
         try:
             image, kind = an_id(entry["image_id"]), an_id(entry["category_id"])
             x, y, w, h, score = row = [float(v) for v in (*entry["bbox"], entry["score"])]
-            if not (np.abs(row) < 1e6).all() or w < 0 or h < 0:        # NaN neither
+            if not (np.abs(row) < 1e6).all() or w < 0 or h < 0:        # NaN is refused, too
                 raise ValueError("a number is not finite or no pixel, or a side is below 0")
             if kind in kinds and image in found:
                 found[image].append((x, y, x + w, y + h, score))
@@ -393,8 +393,8 @@ class Pose:
     """Crops of persons. A source of photos has ids, labels(i) and [i], the labels with "image".
 
     Training: (epoch, person) -> dict for collate(): image uint8 [3, H, W], joints float [J, 2]
-    in crop px (see above), labelled bool [J]. Persons in the photo, with a joint, no crowds.
-    Test: (epoch, photo) -> dict of all its persons, so that NMS can find doubles: images uint8
+    in crop px (see above), labelled bool [J]. Only persons in the photo, with a joint; no crowds.
+    Test: (epoch, photo) -> dict of all its persons, so that NMS can find duplicates: images uint8
     [P, 3, H, W], back [P, 2, 3] from crop to the photo's pixels as annotations count them, area [P]
     of the views, scores [P] of the boxes, truth for AveragePrecision, id, index. The boxes are the
     ground truth with score 1, or those of a detector's file `boxes`. ViTPose tests with a
@@ -405,12 +405,12 @@ class Pose:
                  flip=True):
         self.source, self.train, self.size, self.seed = source, train, size, seed
         self.augment = augment                  # (zoom, rotation) of random_view, or None
-        self.joints = source.joints             # their names decide the next lines
+        self.joints = source.joints             # flip_order and sigmas follow from names
         self.flip, self.sigmas = flip_order(self.joints, pairs), oks_sigmas(self.joints)
         self.mirrors = flip
         self.bones = bones(self.joints)
         self.upper = UPPER if self.bones else None
-        # what has these joints, as files and detectors name it
+        # the categories that have these joints: their ids and names in files and detectors' answers
         toy = isinstance(source, ToyWorld)
         self.category_ids = source.category_ids[:1] if toy else source.category_ids
         self.kinds = source.classes[:1] if toy else source.classes
@@ -435,7 +435,7 @@ class Pose:
         """A training sample: the crop of one person, augmented."""
         i, k = self.people[index]
         box, keypoints = (self.truths[i][name][k] for name in ("boxes", "keypoints"))
-        keypoints = keypoints + (PIXEL, PIXEL, 0)
+        keypoints = keypoints + (PIXEL, PIXEL, 0)           # from COCO's to photo coordinates
         if self.augment:
             with seeded(self.seed, epoch, index):
                 centre, size, degrees, mirrored = random_view(box, keypoints, *self.size,
