@@ -34,7 +34,7 @@ from model import Pretrainer, normalize, pixel_statistics, split_units, unit_sta
 from survey import survey
 
 PRESETS = {
-    # two CPU cores, about six minutes; norm_pix learned more here than the paper's raw pixels
+    # two CPU cores, about six minutes; in trials norm_pix did better than the paper's raw pixels
     "tiny": dict(data="toyworld", epochs=11, warmup_epochs=1, batch_size=32, lr=2e-3,
                  norm_pix=True, workers=1),
     "small": dict(batch_size=512),
@@ -76,7 +76,7 @@ class Objective(torch.nn.Module):
 
 @torch.no_grad()
 def evaluate(model, dataset, args, run):
-    """Mean squared error per target value over the whole validation set, all processes."""
+    """Mean squared error per target value over the whole validation set, equal on all processes."""
     model.eval()
     total, count = 0.0, 0
     batches = batching.share([1] * len(dataset), args, run)
@@ -94,8 +94,8 @@ def evaluate(model, dataset, args, run):
 
 @torch.no_grad()
 def fill(model, images, layout):
-    """uint8 images [B, 3, S, S] and their layout, both on the model's device -> uint8 [B, 3, S, S]
-    each: input, what the encoder saw, reconstruction, and what that borrowed from the input.
+    """uint8 images [B, 3, S, S] and their layout, both on the model's device -> four images, uint8
+    [B, 3, S, S]: input, what the encoder saw, reconstruction, what this borrowed from the input.
 
     With --norm-pix the network predicts normalised pixels, so mean and standard deviation of
     each hidden unit are borrowed from the input. The fourth image shows only these, as stripes of
@@ -103,12 +103,12 @@ def fill(model, images, layout):
     """
     pixels, unit = normalize(images), model.glid.config.unit
     prediction = model(pixels, layout)[0].float()                           # [B, N, 3 unit**2]
-    where = tuple(layout.hidden_units.long().unbind(1))
+    where = tuple(layout.hidden_units.long().unbind(1))                     # 3 x [B * N]
     seen, filled = pixels.clone(), pixels.clone()
-    split_units(seen, unit)[where] = 0                                      # views: write through
+    split_units(seen, unit)[where] = 0              # split_units gives a view: this changes `seen`
     borrowed = seen.clone()
     if model.norm_pix:
-        truth = split_units(pixels, unit)[where].flatten(1)
+        truth = split_units(pixels, unit)[where].flatten(1)                 # [B * N, 3 unit**2]
         mean, std = unit_statistics(truth.view_as(prediction))              # [B, N, 1] each
         prediction = prediction * std + mean
         # [unit, 1]: four bands, -1, 1, -1, 1
@@ -153,7 +153,7 @@ def main(args):
                                   args.on_error, Path(args.out, "samples"))
     survey(args, train, val, run)
 
-    torch.manual_seed(args.seed)                                            # same weights on all
+    torch.manual_seed(args.seed)                        # all processes begin with the same weights
     model = Pretrainer(config, args.norm_pix).to(run.device)
     optimizer = torch.optim.AdamW(training.param_groups(model, args.weight_decay),
                                   betas=(0.9, 0.95), fused=True)
@@ -173,10 +173,10 @@ def main(args):
     objective = Objective(model)
     training.compile_whole(objective, args, run)
     ddp, pixels = run.wrap(objective), 3 * config.unit ** 2
-    # gradients get memory that lasts: a CUDA graph overwrites its own memory in the next pass
+    # The gradients get memory that lasts: what a CUDA graph allocates, its next pass overwrites
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    # with a budget for the rows of attention (packing.enough) all batches have the same shapes
+    # With a budget for the rows of attention (packing.enough), almost all batches have equal shapes
     budget, level = train.row_budget(config, args.batch_size), 0
     collate = partial(collate_pretraining, budget=budget)
     loader = batching.training_loader(train, args, run, step, steps, collate, config)
