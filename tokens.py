@@ -2,9 +2,9 @@
 Where tokens live: the packed list of visible tokens that the whole encoder works on.
 
 The image is padded (bottom, right) to units of 8 x 8 patches (one token of stage 4; 32 px at patch
-4). `hidden` says which units do not exist for the network: pre-training hides three of four, in a
-batch of unequal images the units with no image in them are hidden. Hidden units cost nothing and
-can not reach any output; masked pre-training, odd sizes and ragged batches are one code path.
+4). Some units do not exist for the network: pre-training hides three of four, and in a batch of
+unequal images the units with no image in them are hidden. Hidden units cost nothing and cannot
+reach any output. So masked pre-training, odd sizes and ragged batches are one code path.
 
 Letters: B images, n visible units, T tokens of a stage (all images, one list), C channels, G rows
 of window attention, S slots in a row = window ** 2, k windows that a unit can touch along an axis,
@@ -25,7 +25,7 @@ STAGES = range(4)
 class Windows(NamedTuple):
     """What window attention needs to know. All rows and slots are one list of G * S places."""
     token: torch.Tensor         # int64 [G * S], the token in each slot; 0 in an empty one
-    place: torch.Tensor         # int64 [T], the slot of each token, the inverse
+    place: torch.Tensor         # int64 [T], the slot of each token, the inverse of `token`
     owner: torch.Tensor         # int64 [G, S], the window of each slot, -1 = empty; None if every
     #                             row is one full window
     image: torch.Tensor         # int64 [T], the image of each token
@@ -34,7 +34,7 @@ class Windows(NamedTuple):
 
 class Plan(NamedTuple):
     """Where Layout.rows holds the rows of one kind of windows."""
-    first: int                  # their first column
+    first: int                  # the first column of this kind
     rows: int                   # G
     mixed: bool                 # whether a row may hold slots that must not see each other
 
@@ -46,10 +46,10 @@ class Layout:
     x.view(T // 4, 4 * C), upsampling repeat_interleave(4), 2x2 pooling view(-1, 4, C).amax(1).
     Only window attention and the 3x3 convolution look at neighbours; they go through indices.
 
-    What depends on the data is planned here, by the data processes: four attributes, tensors that
-    travel with the batch in one copy. The rest is arithmetic on the device, inside the graph if the
-    model is compiled; with a budget no shape then differs between batches of the same size and mask
-    ratio.
+    Four tensors depend on the data. The data processes make them here, and they travel with the
+    batch in one copy. The rest is arithmetic on the device, inside the graph if the model is
+    compiled. With a budget, all batches of one size and mask ratio then have the same shapes,
+    unless `level` rises.
 
         sizes         int32 [B, 2]  height and width of each image in px
         units         int32 [n, 3]  image, row, column of the visible units
@@ -57,12 +57,12 @@ class Layout:
         rows          int32 [n, R]  row of attention of each window that a unit touches: k * k
                                     columns for each plan, by stage, plain before shifted windows
     grid_units = (Uh, Uw) of the canvas; longest = most visible units of an image; ragged = images
-    differ in it; padded = a unit holds pixels outside its image; plans, needed, level: see _plan.
+    differ in their number; padded = an image does not fill the canvas; plans, needed, level: _plan.
 
     Arguments. sizes: int64 [B, 2] px, images lie at the top left of the batch canvas.
     hidden: bool [B, Uh, Uw], units the network must not see; None = nothing is hidden. ValueError
             if an image has no visible unit.
-    budget: rows of attention of each plan, None = as few as this batch needs; see row_budget.
+    budget: list, rows of attention of each plan, see row_budget; None = as few as the batch needs.
     """
 
     def __init__(self, config, sizes, hidden=None, budget=None):
@@ -97,7 +97,7 @@ class Layout:
         rows, self.level = (self.needed, 0) if budget is None else enough(self.needed, budget)
         first, self.plans = 0, {}
         for kind, part, g, w in zip(found, columns, rows, windows):
-            # some row holds several windows, or has empty slots (any row may, within a budget)
+            # mixed: fewer rows (g) than windows (w), or empty slots; with a budget, both may occur
             tokens = len(units) * (8 >> kind[0]) ** 2
             mixed = budget is not None or g < w or g * window ** 2 > tokens
             self.plans[kind] = Plan(first, g, mixed)
@@ -122,10 +122,10 @@ class Layout:
         return units[:, :1].expand(yx.shape[:2]), yx
 
     def windows(self, stage, shifted):
-        """Windows of a stage's attention, a stage of 0..3.
+        """The windows of a stage (0..3), shifted or not.
 
-        A token's window is floor((coordinate + window - shift) / window): no roll, no padding,
-        windows at the border are just partly filled (exactly the partition that Swin rolls for).
+        A token's window is floor((coordinate + window - shift) / window). Nothing is rolled or
+        padded: windows at the border are only partly filled. Swin gets this partition by rolling.
         """
         (first, rows, mixed), w, side = self.plans[stage, shifted], self.config.window, 8 >> stage
         extent = (self.sizes.long() + self.config.unit - 1) // self.config.unit * side
@@ -143,7 +143,7 @@ class Layout:
         token.index_put_((place,), torch.arange(len(place), device=place.device))
         owner = None
         if mixed:
-            wide = max(self.grid_units) * side // w + 2     # windows along any axis, or more
+            wide = max(self.grid_units) * side // w + 2     # at least the windows along an axis
             number = (image * wide + window[..., 0]) * wide + window[..., 1]  # unique in the batch
             owner = place.new_full((rows * w * w,), -1)
             owner = owner.index_put_((place,), number.view(-1)).view(rows, w * w)
@@ -160,7 +160,7 @@ class Layout:
         return scatter(x, *self.grid(stage))
 
     def position(self, stage, dim):
-        """Sine position of every token, float [T, dim], normalised by the image's own extent."""
+        """Sine position of every token, float [T, dim], relative to the image's own size."""
         image, yx = self.coords(stage)
         yx = (yx + 0.5) * (self.config.patch << stage) / self.sizes[image[:, 0], None]
         return sine_position(yx, dim).view(-1, dim)
@@ -171,7 +171,7 @@ class Layout:
         return sine_position((yx + 0.5) * self.config.unit / self.sizes[image], dim)
 
     def to_batch(self, x, stage):
-        """Packed [T, C] -> keys [B, K, C] and bool [B, 1, 1, K], True = real; None if all are."""
+        """Packed [T, C] -> keys [B, K, C]; mask bool [B, 1, 1, K], True = a token; None = all."""
         if not self.ragged:
             return x.view(self.batch, -1, x.shape[1]), None
         image, cells = self.units[:, 0].contiguous(), (8 >> stage) ** 2
@@ -186,8 +186,8 @@ class Layout:
 
 
 def row_budget(config, batches):
-    """A budget for Layout, one int per plan, that nearly every batch like these fits; batches: list
-    of Layout's `hidden`, bool [B, Uh, Uw]."""
+    """A budget for Layout, one int per plan, that is enough for nearly every batch like these;
+    batches: list of Layout's `hidden`, bool [B, Uh, Uw]."""
     sizes = torch.tensor([[config.image_size] * 2])
     needed = np.array([Layout(config, sizes.expand(len(h), 2), h).needed for h in batches])
     return np.ceil(needed.mean(0) + 4 * needed.std(0) + 1).astype(int).tolist()
@@ -290,10 +290,10 @@ def at_original(maps, size, patch, original, align_corners=False):
     input, where the padding is cut off, then to the original. Units that are all padding are cut
     off before, so that the answer does not depend on the other images of the batch.
     """
-    h, w = (-(-n // (8 * patch)) * 8 for n in size)                         # tokens of its units
+    h, w = (-(-n // (8 * patch)) * 8 for n in size)                     # tokens, up to whole units
     maps = F.interpolate(maps[None, :, :h, :w], (h * patch, w * patch), mode="bilinear",
                          align_corners=align_corners)
-    maps = maps[:, :, :size[0], :size[1]]
+    maps = maps[:, :, :size[0], :size[1]]                                   # [1, K, H, W]
     if maps.shape[2:] != torch.Size(original):
         maps = F.interpolate(maps, original, mode="bilinear", align_corners=align_corners)
     return maps[0]
