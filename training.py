@@ -42,8 +42,9 @@ GROUPS = ("what to run", "data", "model", "optimiser", "evaluation")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the flags in GROUPS, which keeps the paragraphs of a script's docstring, shows
-    each default and complains in one line, with exit code 2. adders: each group's add_argument."""
+    """A parser that sorts the flags by GROUPS, keeps the paragraphs of a script's docstring, shows
+    each default and reports an error in one line, with exit code 2. adders: each group's
+    add_argument."""
 
     def __init__(self, description):
         super().__init__(usage="%(prog)s [FLAGS]", description=description, formatter_class=Help)
@@ -153,7 +154,7 @@ def parse(parser, presets, argv=None):
     if sys.version_info < (3, 10) or torch.__version__ < (2, 6):
         parser.error(f"Python 3.10 and torch 2.6 or newer are needed; these are {sys.version[:6]} "
                      f"and {torch.__version__}")
-    first = argparse.ArgumentParser(add_help=False)         # so that --help shows its defaults
+    first = argparse.ArgumentParser(add_help=False)     # reads --preset: --help shows its defaults
     first.error = parser.error
     for flag in ("--preset", "--epochs", "--steps"):
         first.add_argument(flag)
@@ -192,7 +193,7 @@ class Run:
     rank: int = 0
     world: int = 1
     dtype: torch.dtype = None               # of autocast; None = fp32 throughout
-    lock: object = None                     # see claim(): kept as long as the run
+    lock: object = None                     # of OUT, see claim(); held until the run ends
 
     def print0(self, *words):
         if self.rank == 0:
@@ -209,7 +210,7 @@ class Run:
         """The model as the loop calls it: gradients averaged over the processes."""
         if self.world == 1:
             return model
-        # our buffers are constants: no forward pass need broadcast them (torch renamed the flag)
+        # our buffers are constants and need no broadcast in a forward pass (torch renamed the flag)
         known = inspect.signature(DistributedDataParallel.__init__).parameters
         name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
         return DistributedDataParallel(model, gradient_as_bucket_view=True, **{name: False})
@@ -269,8 +270,8 @@ def precision(device):
     """-> (dtype of autocast or None for fp32, words that say why)."""
     if device.type != "cuda":
         return None, "fp32"
-    # not by emulation, which T4 and V100 offer and which is slower than fp32; fp16 would need loss
-    # scaling, and MAE users report its NaNs
+    # Emulated bf16, as on T4 and V100, does not count: it is slower than fp32. fp16 would need loss
+    # scaling, and users of MAE report NaNs with it
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "bf16 autocast"
     return None, "fp32 (this GPU has no bf16)"
@@ -323,7 +324,7 @@ def claim(folder):
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):     # else a drive without locks
+        if error.errno in (errno.EACCES, errno.EAGAIN):     # else the drive has no locks
             file.close()
             return None
     return file
@@ -334,7 +335,7 @@ def claim(folder):
 
 
 class Progress:
-    """Progress bar, mean loss since the last report, the watch for a loss of NaN and for signals.
+    """Progress bar and mean loss since the last report; watches for a loss of NaN and for signals.
 
     SIGINT (Ctrl-C) and SIGTERM (a cluster that wants its machine back) ask for an end after the
     running step; a second one ends the process at once. A context manager: whatever ends the loop,
@@ -381,7 +382,7 @@ class Progress:
     def due(self, step, args, every):
         """What is due after this step: log, a line of log; save, a checkpoint; stop, the end (a
         signal's number, the same on all processes, or 0); evaluate, an evaluation: every `every`
-        steps and after the last one. The run is saved before each of these, as it may fail."""
+        steps and after the last one. The run is saved before a stop and an evaluation."""
         stop, evaluate = self.stops(), step % every == 0 or step == self.bar.total
         save = evaluate or bool(stop) or step % args.save_every == 0
         return SimpleNamespace(log=save or step % 20 == 0, save=save, stop=stop, evaluate=evaluate)
@@ -440,8 +441,7 @@ def describe(run, model, train, val, batch, steps, lr, warmup=0):
 
 
 def eval_picture(args, run):
-    """Where rank 0 draws the examples of --eval; None if OUT, perhaps another's, is not writable.
-    """
+    """Where rank 0 draws the examples of --eval; None if OUT (another user's?) is not writable."""
     path = Path(args.out, "samples", "eval.png")
     if run.rank > 0:
         return None
@@ -503,7 +503,7 @@ def compile_blocks(model, args, run):
 
 
 def compiles(wanted, run):
-    """Whether torch.compile is wanted and works; if not everywhere, one line says so."""
+    """Whether torch.compile is wanted and works on all processes; if it fails, one line says so."""
     error = None
     # DDP would cut the graphs into pieces, to send gradients while others are computed
     torch._dynamo.config.optimize_ddp = False
@@ -513,7 +513,7 @@ def compiles(wanted, run):
         except Exception as failed:             # whatever is missing: training goes on without
             lines = [x for x in str(failed).splitlines() if x and not x.startswith("backend=")]
             error = lines[0] if lines else type(failed).__name__
-        if run.sum(error is not None)[0]:     # all processes alike
+        if run.sum(error is not None)[0]:     # all processes decide the same
             run.print0(f"not compiled: {(error or 'another process cannot')[:120]}")
             wanted = False
     return bool(wanted)
@@ -613,6 +613,6 @@ class Log:
     def write(self, **row):
         if self.path:
             with open(self.path, "a", encoding="utf-8") as f:
-                # NaN, a metric of nothing, is no JSON
+                # JSON has no NaN, the metric of an empty set: write null
                 f.write(json.dumps({k: v if not isinstance(v, float) else None if math.isnan(v)
                                     else float(f"{v:.6g}") for k, v in row.items()}) + "\n")
