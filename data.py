@@ -173,8 +173,8 @@ class Pretraining:
 
     def row_budget(self, config, batch_size, trials=32):
         """Rows of attention to reserve for a batch of this size, see tokens.row_budget; estimated
-        from `trials` batches of masks, which are the same in every process. (For
-        --preset small's batches of 512, 8 trials are too few once in 10 batches, 32 once in 50.)"""
+        from `trials` batches of masks, which are the same in every process. (For --preset
+        small's batches of 512, 8 trials are too few once in 10 batches, 32 once in 50.)"""
         with seeded(0):
             masks = [torch.stack([hidden_units(*self.mask) for _ in range(batch_size)])
                      for _ in range(trials)]

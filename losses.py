@@ -39,10 +39,11 @@ def hungarian(cost, counts, repeats=1):
     cost:    dict name -> weighted float tensor [L, B, Q, N]; their sum is minimised. If a term is
              not finite, FloatingPointError gives its name.
     counts:  list of B ints, the real number of objects of each image (the rest of N is padding).
-    repeats: queries an object gets: 1, or k for H-DETR's one-to-many branch.
+    repeats: queries an object gets: 1, or k for H-DETR's one-to-many branch; fewer if there are not
+             enough queries.
     Returns int64 [M] each: layer, image, query, object. The optimum is scipy's (Jonker-Volgenant);
-    ties are broken arbitrarily but always in the same way, which is how queries that
-    begin identical (e_i = 0, Eq. 3) become different.
+    ties are broken arbitrarily but always in the same way, which is how queries that begin
+    identical (e_i = 0, Eq. 3) become different.
     """
     total = sum(cost.values()).cpu().numpy()
     found = [np.zeros((4, 0), np.int64)]
@@ -193,8 +194,8 @@ def uncertain_points(logits, scale, count, oversample=3, importance=0.75):
 
 
 def segmentation_loss(class_logits, mask_logits, targets, canvas, num_objects, points=12544):
-    """Mask2Former's set loss, summed over the decoder layers, each matched anew. But the
-    queries before the first layer get no loss, because they begin equal (Eq. 3).
+    """Mask2Former's set loss, summed over the decoder layers, each matched anew. But the queries
+    before the first layer get no loss, because they begin equal (Eq. 3).
 
     class_logits: [L, B, Q, K + 1], last = no object.
     mask_logits:  [L, B, Q, h, w], the 1/4 map of the padded canvas.

@@ -21,8 +21,8 @@ def share_rows(occupied):
     Where nothing is hidden, Swin's cyclic shift does this: it joins the half windows of opposite
     borders. At 75 % hidden, sharing saves over half of the rows. Windows with the same pattern of
     occupied slots are interchangeable, and a batch has few patterns. So patterns are packed: take
-    the fullest pattern left, add the fullest ones that still fit, and fill as many rows in this way
-    as the pattern with the fewest windows left allows.
+    the first pattern left, add the next ones that still fit, and fill as many rows in this way as
+    the pattern with the fewest windows left allows.
 
     occupied: int64 [W, words], the occupied slots of each window as bits. Returns int64 [W].
     """
@@ -33,12 +33,12 @@ def share_rows(occupied):
     _, first, pattern_of, left = np.unique(code, return_index=True, return_inverse=True,
                                            return_counts=True)
     patterns = occupied[first]              # [P, words]; left: [P], its windows without a row yet
-    # Fullest first; slots that many windows want count most, because they need the most rows
+    # First come patterns whose slots many windows want, because these slots need the most rows
     slots = np.unpackbits(np.ascontiguousarray(patterns).view(np.uint8), axis=1).astype(np.int64)
     wanted = left @ slots                                   # windows that occupy each slot
-    order = np.argsort(-(slots @ wanted ** 2), kind="stable")
+    order = np.argsort(-(slots @ wanted), kind="stable")
 
-    # Which patterns fit together. A set of patterns is a Python integer, bit i = the i-th fullest
+    # Which patterns fit together. A set of patterns is a Python integer, bit i = the i-th one
     patterns = patterns[order]
     fits = ((patterns[:, None] & patterns) == 0).all(-1)    # [P, P]
     np.fill_diagonal(fits, False)                           # a pattern without slots fits itself
@@ -49,7 +49,7 @@ def share_rows(occupied):
     while remaining:
         candidates, together = remaining, []                # patterns that will share rows
         while candidates:
-            i = (candidates & -candidates).bit_length() - 1         # the lowest bit: the fullest
+            i = (candidates & -candidates).bit_length() - 1         # the lowest bit: the first
             together.append(i)
             candidates &= fits[i]
         rows = min(left[order[i]] for i in together)

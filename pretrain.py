@@ -173,7 +173,7 @@ def main(args):
     objective = Objective(model)
     training.compile_whole(objective, args, run)
     ddp, pixels = run.wrap(objective), 3 * config.unit ** 2
-    # The gradients get memory that lasts: what a CUDA graph allocates, its next pass overwrites
+    # Gradients get memory that zero_grad below keeps: a CUDA graph's next pass overwrites its own
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     # With a budget for the rows of attention (packing.enough), almost all batches have equal shapes

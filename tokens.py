@@ -134,8 +134,8 @@ class Layout:
         yx = yx + w - shifts(extent, w, shifted, torch.where)[image[:, 0], None]
         window, inner = yx // w, yx % w                             # [n, side * side, 2] each
 
-        # A unit touches at most k x k windows; plan() has listed the row of attention of each, from
-        # the window of the unit's first token on
+        # A unit touches at most k x k windows, counted from that of its first token; plan() has
+        # listed the row of attention of each, in the same order
         near, k = window - window[:, :1], touched(side, w)          # 0 .. k - 1 on both axes
         row = self.rows[:, first:first + k * k].long().gather(1, near[..., 0] * k + near[..., 1])
         place = ((row * w + inner[..., 0]) * w + inner[..., 1]).view(-1)            # [T]
