@@ -21,8 +21,7 @@ def share_rows(occupied):
     Where nothing is hidden, Swin's cyclic shift does this: it joins the half windows of opposite
     borders. At 75 % hidden, sharing saves over half of the rows. Windows with the same pattern of
     occupied slots are interchangeable, and a batch has few patterns. So patterns are packed: take
-    the first pattern left, add the next ones that still fit, and fill as many rows in this way as
-    the pattern with the fewest windows left allows.
+    the first one left, add the next ones that fit, and fill rows until one of them is used up.
 
     occupied: int64 [W, words], the occupied slots of each window as bits. Returns int64 [W].
     """
