@@ -63,7 +63,7 @@ def steps_per_epoch(length, args, run):
     """Optimiser steps that `length` training samples fill; InputError if none."""
     total = run.total_batch(args)
     if length < total:
-        raise InputError(f"--data {args.data}: {length} training images are fewer than one step "
+        raise InputError(f"--data {args.data}: {length} training samples are fewer than one step "
                          f"takes ({total}); lower --batch-size or --accumulate")
     return length // total
 

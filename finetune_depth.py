@@ -190,7 +190,7 @@ def spread(source, args):
 
 
 def main(args):
-    """Train; returns the errors of the best checkpoint, see evaluate, and "step"."""
+    """Train or grade; returns the errors, see evaluate, the best ones of a training, and "step"."""
     run = training.start(args)
     train, val = open_depth(args.data, *args.crop, args.data_fraction, args.seed, args.overfit,
                             not args.no_flip, on_error=args.on_error,

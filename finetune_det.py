@@ -148,7 +148,7 @@ def group_losses(class_logits, boxes, targets, objects, args):
 
 
 def main(args):
-    """Train; returns {"AP": best box AP, "step": steps done}."""
+    """Train or grade; returns {"AP": box AP, the best one of a training, "step": steps done}."""
     run = training.start(args)
     train, val = open_detection(args.data, args.size, args.data_fraction, args.seed, args.overfit,
                                 not args.no_flip, on_error=args.on_error, grading=args.eval)

@@ -161,7 +161,7 @@ def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
 
 
 def main(args):
-    """Train; returns {"AP": best AP, "step": steps done}."""
+    """Train or grade; returns {"AP": the best one of a training, "step": steps done}."""
     run = training.start(args)
     train, val = open_pose(args.data, args.size, args.data_fraction, args.seed, args.overfit,
                            args.boxes, (args.zoom, args.rotation), args.flip_pairs,

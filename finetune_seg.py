@@ -370,7 +370,7 @@ def batch_loss(answers, asked, targets, per_image, canvas, points):
 
 
 def main(args):
-    """Train; returns the main_metrics of the best evaluation, and "step": steps done."""
+    """Train or grade; returns main_metrics, the best ones of a training, and "step": steps done."""
     run = training.start(args)
     train, val = open_segmentation(args.data, args.size, args.data_fraction, args.seed, args.tasks,
                                    args.overfit, not args.no_flip, on_error=args.on_error,

@@ -146,7 +146,7 @@ def evaluate_and_save(model, val, args, run, step, best, optimizer, log):
 
 
 def main(args):
-    """Train; returns {"loss": best validation error, "step": steps done}."""
+    """Train or grade; returns {"loss": validation error, the best of a training, "step": done}."""
     run = training.start(args)
     config = training.model_config(args, image_size=args.size)
     train, val = open_pretraining(args.data, config, args.mask, args.mask_ratio, args.seed,

@@ -1048,8 +1048,8 @@ def test_detection_loss_equals_loops():
 
 
 def test_weights_begin_as_they_should():
-    """Linear layers are xavier-uniform, as MAE's, with zero biases; [CLS], [M] and levels are small.
-    A fresh network has no larger gradients where there is padding."""
+    """Linear layers are xavier-uniform, as MAE's, biases zero; [CLS], [M] and levels are small. A
+    fresh network has no larger gradients where there is padding."""
     torch.manual_seed(0)
     net = M.Pretrainer(TINY)
     for layer in (m for m in net.modules() if isinstance(m, torch.nn.Linear)):
@@ -4567,7 +4567,7 @@ def test_wrong_input_is_one_line():
             *((pretrain, flag, flag, value) for flag, value in
               (("--steps", 0), ("--epochs", -1), ("--batch-size", 0), ("--accumulate", "two"),
                ("--workers", -1), ("--lr", "nan"), ("--lr", 0), ("--seed", 10 ** 23),
-               ("--window", 0), ("--mask-ratio", 1), ("--mask-ratio", 0), ("--save-every", 0),
+               ("--steps", "9" * 400), ("--window", 0), ("--mask-ratio", 1), ("--mask-ratio", 0), ("--save-every", 0),
                ("--warmup-epochs", "inf"), ("--decoder-layers", 0), ("--weight-decay", -1))),
         ]
         for script, word, *flags in cases:

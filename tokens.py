@@ -3,8 +3,9 @@ Where tokens live: the packed list of visible tokens that the whole encoder work
 
 The image is padded (bottom, right) to units of 8 x 8 patches (one token of stage 4; 32 px at patch
 4). Some units do not exist for the network: pre-training hides three of four, and in a batch of
-unequal images the units with no image in them are hidden. Hidden units cost nothing and cannot
-reach any output. So masked pre-training, odd sizes and ragged batches are one code path.
+unequal images the units with no image in them are hidden. Hidden units cost nothing but a
+part of the BiFPN's 3x3 convolutions, and cannot reach any output. So masked pre-training, odd sizes
+and ragged batches are one code path.
 
 Letters: B images, n visible units, T tokens of a stage (all images, one list), C channels, G rows
 of window attention, S slots in a row = window ** 2, k windows that a unit can touch along an axis,

@@ -80,9 +80,10 @@ def number(kind, low, high=math.inf, above=False):
     def convert(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):             # a whole number may be too large for it
+            finite = False
+        if not finite or value < low or value > high or (above and value == low):
             bound = "a whole number, " * (kind is int)
             bound += f"{'more than' if above else 'at least'} {low}"
             bound += f" and at most {high}" if high < math.inf else ""
@@ -338,8 +339,8 @@ class Progress:
     """Progress bar and mean loss since the last report; watches for a loss of NaN and for signals.
 
     SIGINT (Ctrl-C) and SIGTERM (a cluster that wants its machine back) ask for an end after the
-    running step; a second one ends the process at once. A context manager: whatever ends the loop,
-    signals are then what they were.
+    running step; one more, over 2 s later, ends the process at once. A context manager: whatever
+    ends the loop, signals are then what they were.
     """
 
     def __init__(self, step, steps, what, loader, run, images_per_step):
@@ -433,7 +434,7 @@ def describe(run, model, train, val, batch, steps, lr, warmup=0):
              for name, part in model.glid.named_children()}
     parts["heads"] = sum(p.numel() for p in model.parameters()) / 1e6 - sum(parts.values())
     run.print0("parameters (M): " + ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
-    run.print0(f"{len(train)} training and {len(val)} validation images; {steps} steps of {batch} "
+    run.print0(f"{len(train)} training and {len(val)} validation samples; {steps} steps of {batch} "
               f"images; peak learning rate {lr:.3g}")
     if warmup >= steps:
         run.print0(f"note: the warm-up takes {warmup} steps, so the learning rate rises to the end "
