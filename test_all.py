@@ -4567,8 +4567,9 @@ def test_wrong_input_is_one_line():
             *((pretrain, flag, flag, value) for flag, value in
               (("--steps", 0), ("--epochs", -1), ("--batch-size", 0), ("--accumulate", "two"),
                ("--workers", -1), ("--lr", "nan"), ("--lr", 0), ("--seed", 10 ** 23),
-               ("--steps", "9" * 400), ("--window", 0), ("--mask-ratio", 1), ("--mask-ratio", 0), ("--save-every", 0),
-               ("--warmup-epochs", "inf"), ("--decoder-layers", 0), ("--weight-decay", -1))),
+               ("--steps", "9" * 400), ("--window", 0), ("--mask-ratio", 1), ("--mask-ratio", 0),
+               ("--save-every", 0), ("--warmup-epochs", "inf"), ("--decoder-layers", 0),
+               ("--weight-decay", -1))),
         ]
         for script, word, *flags in cases:
             flags = ["--data", "toyworld:4", "--out", at / "new", *flags]
