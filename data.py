@@ -101,7 +101,7 @@ def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop",
         train = ToyWorld("train", max(1, round(fraction * count)), size, world, keys)
         return [train, train if overfit else ToyWorld("val", val, size, world, keys)]
     train, val = open_folder(path, keys, on_error, **reading)
-    alone = train is val                                    # see open_folder's grading
+    alone = train is val            # with --eval a validation part alone will do (open_folder)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     train = train.subset(sorted(order[:max(1, round(fraction * len(train)))].tolist()))
     if not any(map(shows, train.records)):
@@ -109,6 +109,7 @@ def open_sources(path, size, keys, fraction=1.0, overfit=False, on_error="stop",
                          "photos that it leaves; take more")
     val = train if overfit and not alone else val
     val = readable(val) if on_error == "skip" else val
+    # with --overfit, and with a validation part alone, both are the same photos
     return [val if overfit or alone else train, val]
 
 

@@ -266,7 +266,8 @@ def sampled_share(sizes, canvas, grid):
 def segmentation_cost(class_logits, mask_logits, labels, masks, scale, points):
     """Matching cost 2 (-p of the class) + 5 cross-entropy + 5 dice, dict of [L, B, Q, N].
 
-    The masks are compared at one set of random points per image, shared by all queries and layers.
+    The masks are compared at one set of random points per image, shared by all queries, and by all
+    layers (Mask2Former draws others for each layer).
     """
     layers, b, q = mask_logits.shape[:3]
     n = labels.shape[1]

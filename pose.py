@@ -39,8 +39,8 @@ UPPER = np.arange(17) < 11          # of COCO's joints those from the nose to th
 # Left and right in the names of joints
 
 
-# where a name can hold its side, the surest first: a word; left or right anywhere; the second or
-# the first of two letters (RL, LF: rear left, left front); the first letter; the last letter
+# where a name can hold its side, the surest first: a word (l_eye), left or right anywhere (eyeleft),
+# the second or the first of two letters (RL_hoof, LF_paw), the first letter (lknee), the last one
 SIDES = ("(?<![a-z])(left|right|lt|rt|lft|rgt|l|r)(?![a-z])", "left|right",
          "(?<=(?<![a-z])[a-z])[lr](?![a-z])", "(?<![a-z])[lr](?=[a-z](?![a-z]))",
          "^[lr]", "(?<=...)[lr]$")
@@ -167,7 +167,8 @@ def warp(image, matrix, height, width):
     back = inverse(matrix)
     # photo px per crop px; without the epsilon, rounding could turn an exact 2 into 1
     factor = max(1, int(np.linalg.norm(back[:, :2], axis=0).min() + 1e-6))
-    # what the crop shows of the photo, in whole blocks and with room for their neighbours
+    # What the crop shows of the photo, in whole blocks, and 3 more on each side: one for bilinear
+    # sampling, the others for rounding. (A slice ends where the photo ends.)
     corners = move(back, np.array([[0, 0], [width, 0], [0, height], [width, height]]))
     last = np.array(image.shape[:0:-1]) - 1                                 # x, y
     low = ((corners.min(0) / factor - 3).clip(0, last // factor)).astype(int) * factor
