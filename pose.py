@@ -39,7 +39,7 @@ UPPER = np.arange(17) < 11          # of COCO's joints those from the nose to th
 # Left and right in the names of joints
 
 
-# where a name can hold its side, the surest first: a word (l_eye), left or right anywhere (eyeleft),
+# where a name can hold its side, surest first: a word (l_eye), left or right anywhere (eyeleft),
 # the second or the first of two letters (RL_hoof, LF_paw), the first letter (lknee), the last one
 SIDES = ("(?<![a-z])(left|right|lt|rt|lft|rgt|l|r)(?![a-z])", "left|right",
          "(?<=(?<![a-z])[a-z])[lr](?![a-z])", "(?<![a-z])[lr](?=[a-z](?![a-z]))",
