@@ -242,7 +242,7 @@ def instances(photo, masks, texts, room=ROOM):
 
 
 def panoptic(photo, ids, classes, names, things, room=ROOM):
-    """Segment ids [H, W], 0 = void, and {id: class}: every thing in a bright colour of its own,
+    """Segment ids [H, W], 0 = void, and {id: class}: things in bright colours, one after the other,
     stuff in the dark colour of its class."""
     listed, ids = sorted(classes), np.asarray(ids)
     numbers = np.where(ids > 0, np.searchsorted(listed, ids) + 1, 0)
@@ -280,7 +280,8 @@ def scale():
 
 
 def skeletons(photo, keypoints, sure, texts, bones=SKELETON, room=ROOM):
-    """Persons' keypoints [P, J, 2] photo px, sure float [P, J] in 0..1; a colour per person.
+    """Persons' keypoints [P, J, 2] as COCO counts photo px (the centre of pixel i at i), sure float
+    [P, J] in 0..1; a colour per person.
 
     Joints are dots, or rings if `sure` is below 0.5; joints of 0.2 or less and their bones are left
     out. The text stands above the highest joint.
@@ -288,7 +289,7 @@ def skeletons(photo, keypoints, sure, texts, bones=SKELETON, room=ROOM):
     image, zoom = canvas(photo, room)
     draw, names = ImageDraw.Draw(image), Labels(image)
     width = 3 * stroke(image) // 2
-    persons = [(np.asarray(p) * zoom, np.asarray(s), colour_of(i))
+    persons = [((np.asarray(p) + 0.5) * zoom, np.asarray(s), colour_of(i))
                for i, (p, s) in enumerate(zip(keypoints, sure))]
     for points, score, colour in persons[::-1]:
         seen = score > 0.2

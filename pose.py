@@ -416,8 +416,10 @@ class Pose:
         self.category_ids = source.category_ids[:1] if toy else source.category_ids
         self.kinds = source.classes[:1] if toy else source.classes
         self.truths = [persons(source.labels(i)) for i in range(len(source))]
+        asked = [t["boxes"][~t["iscrowd"]] for t in self.truths]
+        asked = [b[(b[:, 2:] > b[:, :2]).all(1)] for b in asked]    # without a box: not asked for
         self.boxes = read_boxes(boxes, source.ids, set(self.category_ids)) if boxes else [
-            (t["boxes"][~t["iscrowd"]], np.ones(int((~t["iscrowd"]).sum()))) for t in self.truths]
+            (b, np.ones(len(b))) for b in asked]
         self.counts = [len(b) for b, _ in self.boxes]                       # persons of a photo
         self.people = []
         for i, t in enumerate(self.truths):                 # drawn persons lie in their photos

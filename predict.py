@@ -11,7 +11,7 @@ Any checkpoint of pretrain.py or finetune_*.py, any photos or folders of them. F
     answer = model("photo.jpg")             # a list of photos gives a list of answers
 
 The checkpoint says what the model is, and the answers are those that --eval of its script grades:
-the same scaling, the same thresholds, the same functions. See docs/predict.md.
+the same scaling (but see --longest), thresholds and functions. See docs/predict.md.
 """
 import argparse
 import contextlib

@@ -226,7 +226,7 @@ def main(args):
                 with bar.evaluation():
                     best = evaluate_and_save(model, val, args, run, step, best, optimizer, log)
 
-    run.print0(f"validation error {best:.4f} after {step} steps; {args.out}/best.pt, "
+    run.print0(f"best validation error {best:.4f} in {step} steps; {args.out}/best.pt, "
               f"{args.out}/samples/{step:06d}.png")
     run.print0(training.how_to_ask(args))
     return {"loss": best, "step": step}

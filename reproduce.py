@@ -385,8 +385,9 @@ def markdown(args, found):
             cells = [row.label, str(len(points))]
             for mine, other in zip(values, above):
                 pairs = {seed: mine[seed] - other[seed] for seed in mine if seed in other}
-                cells += [spread(mine.values(), factor, decimals),
-                          difference(pairs, factor, decimals)]
+                cells += [spread(mine.values(), factor, decimals), difference(
+                    pairs, factor, decimals) + f"; {len(pairs)} pairs" * (
+                        0 < len(pairs) < len(mine))]
             paper = dict(zip(columns, row.paper)).get(task)
             lines.append("| " + " | ".join([*cells, str(paper or "")]) + " |")
             above = values

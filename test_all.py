@@ -55,6 +55,7 @@ import losses
 import metrics
 import model as M
 import packing
+import pictures
 import pose
 import predict
 import pretrain
@@ -918,6 +919,11 @@ def test_crops_and_hidden_units_follow_mae():
     areas = (crops.amax((2, 3)) - crops.amin((2, 3)))[:, :2].prod(1) / 99 ** 2
     assert 0.15 < areas.min() < 0.3 and areas.max() > 0.9 and 0.45 < areas.mean() < 0.7
     assert val.choose(640, 480) == (80, 0, 480, 480) and val.choose(3, 8) == (0, 2, 3, 3)
+    assert all(x[0, 0, 0] < x[0, 0, -1] for x, _ in (val[0, i] for i in range(8)))  # never mirrored
+    for e in range(50):
+        with data.seeded(e):
+            top, left, h, w = train.choose(60, 300)
+        assert min(top, left) >= 0 and top + h <= 60 and left + w <= 300
     masks = {}
     for strategy in ("random", "block", "grid"):
         with data.seeded(1):
@@ -1339,6 +1345,14 @@ def test_toyworld_is_consistent():
         s["panoptic"][:5], s["segments"][0, 2] = 0, 1
         labels, masks, crowd = data.find_objects("panoptic", s, 7)
         assert not masks[:, :5].any() and crowd.tolist() == [True] + [False] * (len(labels) - 1)
+    # a person so far away that a metre is 64 px; a quarter of a metre to its left is on our right
+    joints, owner = np.zeros((17, 3)), np.full((64, 64), -1)
+    joints[0], owner[20:40, 30:60], owner[20, 30] = (0.25, 1, 2), 0, -1
+    thing = toyworld.Thing(toyworld.FOCAL, 0, "person", [], joints, ())
+    found = toyworld.annotate(dict(height=1, horizon=0.5), [thing], owner,
+                              np.full((64, 64), toyworld.SKY, np.uint8), 64)
+    assert found["keypoints"][0, 0].tolist() == [0.75 * 64 - 0.5, 0.5 * 64 - 0.5, 2]
+    assert found["area"].tolist() == [599]
 
 
 def test_objects_stay_aligned_and_empty_ones_go():
@@ -1353,6 +1367,7 @@ def test_objects_stay_aligned_and_empty_ones_go():
         "classes": torch.tensor([0, 1, 0, 1]), "iscrowd": torch.tensor([0, 0, 0, 1]),
         "semantic": mask(torch.where(masks[0], 1, 255).byte())}]
     steps, counts = train.transform.transforms, set()
+    assert any(isinstance(t, data.ColourJitter) for t in steps)
     train.transform = data.v2.Compose([t for t in steps if not isinstance(t, data.ColourJitter)])
     for epoch in range(45):
         sample = train[epoch, 0]
@@ -1389,6 +1404,7 @@ def test_masks_are_scaled_about_their_pixels_centres():
         small = out["panoptic"] == 70000
         assert out["depth"] == "kept" and torch.equal(out["masks"], torch.stack([small, ~small]))
         assert out["image"].shape[1:] == out["none"].shape[1:] == small.shape
+        assert size - 1 <= min(small.shape) <= size         # torchvision rounds down
         grid = torch.stack(torch.meshgrid(*map(torch.arange, small.shape), indexing="ij"))
         photo, truth = ((grid * w).sum((1, 2)) / w.sum() for w in (out["image"][0].double(), small))
         assert (photo - truth).abs().max() < 0.2, (size, photo, truth)
@@ -1636,7 +1652,7 @@ def test_depth_augmentation_keeps_photo_and_depth_together():
     rotate, flip, crop, _ = data.depth_transform(48, 56).transforms
     theirs = data.v2.RandomApply([data.v2.RandomRotation(
         2.5, interpolation=data.InterpolationMode.BILINEAR)])
-    board = data.tv_tensors.Mask(1 + torch.arange(300 * 300.0).view(300, 300))
+    board = data.tv_tensors.Mask(1 + torch.arange(200 * 360.0).view(200, 360))
     photo = data.tv_tensors.Image((board % 200).byte().expand(3, -1, -1))
     sample = {"image": photo, "depth": board}
     corners, turned, mirrored = set(), 0, 0
@@ -1804,6 +1820,10 @@ def test_pose_augmentation_follows_vitpose():
         assert abs((np.abs(centre - part.mean(0)) < 1e-6).all(1).mean() - 0.15) < 0.03
     centre = np.array([v[0] for v in views(50, upper=None)])                # around the box
     assert (np.abs(centre - [145, 110]) <= 0.2 * np.array([90, 120]) + 1e-9).all()
+    sizes = lambda: {v[1][0] for v in views(150, zoom=0)}   # 90 x 120 px; upper, lower half
+    assert sizes() == {120 * 1.25 * 0.75, 62.5 * 1.5 * 0.75, 31.25 * 1.5 * 0.75}
+    keypoints[13:, 2] = 0                                   # two of the lower half are no view
+    assert sizes() == {120 * 1.25 * 0.75, 62.5 * 1.5 * 0.75}
     keypoints[8:, 2] = 0                                    # 8 joints: too few to cut in half
     centre, size, degrees, mirrored = map(np.array, zip(*views()))
     shift, scale = (centre - [145, 110]) / [90, 120], size[:, 0] / pose.fit_box(box, 64, 48)[1][0]
@@ -1825,6 +1845,8 @@ def test_pose_targets():
     y, x = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
     for found, at in zip(maps[0], ((31.5 * 15 / 63, 5), (15, 0))):
         assert_close(found, torch.exp(-((x - at[0]) ** 2 + (y - at[1]) ** 2) / 8), 1e-6)
+    joint, one = torch.tensor([[[60.0, 5.0]]]), torch.ones(1, 1)            # right of a narrow map
+    assert pose.heatmap_targets(joint, one, (64, 48), (16, 12))[1].item() == 0
 
 
 def test_pose_decoding():
@@ -1953,7 +1975,9 @@ def test_pose_samples():
         area=torch.full((5,), 900.0), image=dot((100.5, 80.5)))] * 2)       # centre of a pixel
     train, val = (pose.Pose(source, t, (64, 48), 3) for t in (True, False))
     assert train.people == [(0, 0), (1, 0)] and val.counts == [3, 3] and len(train) == 2
+    assert train.upper.tolist() == [True] * 11 + [False] * 6
     photo = val[(0, 1)]
+    assert np.allclose(photo["area"][0], 50 * 50 * 4 / 3)  # 40 x 50 px, as 3 to 4, times 1.25
     at = pose.move(photo["back"][0], centroid(photo["images"][0])[None])[0]
     assert np.abs(at - [100, 80]).max() < 0.2               # an answer counts pixels as the truth
     assert photo["id"] == 42 and photo["truth"]["iscrowd"].tolist() == [False, False, True,
@@ -2467,6 +2491,10 @@ def test_odd_coco_files_are_read_right():
             for sample in (*train, *val):
                 assert sample["boxes"].tolist() == [[1, 1, 5, 4]] and sample["area"] == 12
                 assert masks_in(sample).sum() == 12
+    with folder() as at:                                    # without a box a polygon has its own
+        coco(at, [dict(image_id=i, bbox=[0, 0, 0, 0]) for i in (0, 1)])
+        for sample in (*opened(at, "masks")[0], *opened(at, "masks")[1]):
+            assert sample["boxes"].tolist() == [[1, 1, 5, 4]] and masks_in(sample).sum() == 12
 
 
 def test_no_photo_stands_in_for_another():
@@ -2904,10 +2932,18 @@ def test_own_joints():
         clicked = train.truths[1]
         assert clicked["boxes"].tolist() == [[1, 1, 8, 6]] and clicked["area"] == 35
         assert train[0, 1]["labelled"].all() and val.truths[0]["keypoints"].shape == (1, 5, 3)
-        assert pose.open_pose(at, (48, 32), pairs="earL-nose,4-5")[0].flip == [2, 1, 0, 4, 3]
+        for part in pose.open_pose(at, (48, 32), pairs="earL-nose,4-5"):
+            assert part.flip == [2, 1, 0, 4, 3]
         views = pose.open_pose(at, (48, 32), augment=(0, 0.0), flip=False)[0]
         for left, right, nose in (views[e, 0]["joints"][:3, 0] for e in range(12)):
             assert left < nose < right and nose - left < right - nose       # never mirrored
+    here = dict(bbox=[6.5, 1, 1, 4], area=7, keypoints=[7, 2, 2] * 17)      # photos of 6 x 8
+    nobody = dict(bbox=[0, 0, 0, 0], area=0, keypoints=[0] * 51)
+    with folder() as at:
+        coco(at, [dict(image_id=i) | o for i in (0, 1) for o in (here, nobody)], "person_keypoints")
+        train, val = pose.open_pose(at, (32, 16), flip=False)
+        assert len(train.people) == 1 and val.counts == [1]
+        assert [t["area"].tolist() for t in train.truths] == [[7, 0]]
     ear, seen, real = [dict(category_id=4, keypoints=[2, 2, 2] + [0] * 12)], [], pose.random_view
     with folder() as at:
         for part in ("train", "val"):
@@ -3784,6 +3820,8 @@ def test_toyworld_is_drawn_the_same_by_many():
         assert np.array_equal(row["image"].transpose(1, 2, 0), scene["image"])
         assert all(np.array_equal(row[k], scene[k]) for k in ("boxes", "depth")), i
     assert len(many) == 512
+    a, b = (drawn.ToyWorld("val", 1, 32, world)[0]["image"] for world in (0, 1))
+    assert not torch.equal(a, b)
 
 
 def test_devices():
@@ -4211,6 +4249,11 @@ def test_results_have_the_numbers_of_the_files():
                  "segments": torch.tensor([[1, 0], [far, 2]])}
         entry, = resultfiles.entries(model, every, 0, "hand", at / "o")["panoptic"]
         assert len({s["id"] for s in entry["segments_info"]} - {0}) == 2
+        every = {"masks": torch.tensor([[[0, 0, 0], [1, 0, 0]]]).bool(),    # runs down the columns
+                 "labels": torch.tensor([2]), "scores": torch.tensor([0.5])}
+        entry, = resultfiles.entries(model, every, 9, "hand", at / "o")["instances"]
+        assert entry == dict(image_id=9, category_id=200, score=0.5,
+                             segmentation=dict(size=[2, 3], counts="114"))
 
         names = [Path("in", n) for n in ("000000000139.jpg", "b.jpg", "7.png")]
         assert resultfiles.image_ids(names) == [139, "b.jpg", 7]
@@ -4308,6 +4351,28 @@ def test_pictures_change_where_objects_are():
             assert changed.any(), kind
             changed[max(0, top):bottom, max(0, left):right] = False
             assert not changed.any(), (kind, h, w)
+
+
+def test_pictures_show_the_best_on_top():
+    """Masks and boxes of the surest object lie over the others; a joint is drawn at its pixel's
+    centre; the scale of depth runs as its map; names go with their scores."""
+    black, full = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.ones(2, 8, 8).bool()
+    one, two = (draw.instances(black, full[:n], [""] * n) for n in (1, 2))
+    assert np.array_equal(one, two)
+    two = np.asarray(draw.boxes(black, [[1, 1, 6, 6]] * 2, [0, 1], ["", ""]))
+    assert (two == draw.colour_of(0)).all(2).any() and not (two == draw.colour_of(1)).all(2).any()
+    photo = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    one = draw.skeletons(photo, torch.full((1, 1, 2), 16.0), torch.ones(1, 1), [""], ())
+    x = np.nonzero(np.asarray(one).any(2))[1]
+    assert abs((x.min() + x.max() + 1) / 2 - 16.5 * one.width / 32) <= 1
+    bar = np.asarray(pictures.ruler(240, 12, 1, 4))
+    shades = np.asarray(draw.depth_map(np.array([[1.0, 4]]), 1, 4))
+    assert np.array_equal(bar[8, [12, 227]], shades.transpose(1, 2, 0)[0])
+    model, said = argparse.Namespace(task="segmentation", classes=["a", "b"]), []
+    answer = dict(scores=torch.tensor([0.1, 0.9]), names=["a", "b"], masks=full)
+    with patched(draw, instances=lambda photo, masks, texts: said.append((len(masks), texts))):
+        pictures.show(model, black, answer, 0.3)
+    assert said == [(1, ["b 0.90"])]
 
 
 def test_labels_stay_readable():
@@ -4471,6 +4536,9 @@ def test_curves():
         assert len(dot) and np.abs(dot[:, 0] - middle).max() < 5
         assert np.allclose(draw.ticks(0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1])
         assert (np.asarray(curves.legend(["a long name " * 9], 520))[:, -15:] == 255).all()
+        first, second = (np.argwhere((np.asarray(curves.legend(["a", "b"], 520)) == colour).all(2))
+                         for colour in curves.COLOURS[:2])
+        assert len(first) and len(second) and first[:, 1].max() < second[:, 1].min()
         for run, word in ((at / "c", "not a log"), (at / "d", "cannot be read")):
             with raises(InputError, word):
                 curves.read_log(run)
@@ -4688,6 +4756,8 @@ def test_reproduce_compares_pairs():
                 "(+1.5, +2.5) | 50.9 |") in lines
         assert ("| + decoder | 4 | 4.0 ± 1.4 | +3.0 ± 1.4 (+4.0, +3.0, +1.0) | 2.0 ± 0.7 | "
                 "+1.5 ± 0.7 (+2.0, +1.5, +0.5) | 52.7 |") in lines
+        assert ("| + BiFPN | 4 | 1.0 ± 0.0 | -14.0 ± 2.0 (-12.0, -16.0); 2 pairs | 0.5 ± 0.0 | "
+                "-7.0 ± 1.0 (-6.0, -8.0); 2 pairs | 51.1 |") in lines
         args.table = "table8"                               # nothing to compare with other labels
         text = reproduce.report(args)[0]
         assert "| 50% of the labels, + decoder | 2 | 9.0 ± 0.0 |  | 4.5 ± 0.0 |  | 46.3 |\n" in text
@@ -4697,6 +4767,12 @@ def test_reproduce_compares_pairs():
         assert "mIoU | seeds | step 1 | difference | step 2 | difference | paper |\n" in text
         assert ("| + decoder | 4 | 0.0 ± 0.0 | +0.0 ± 0.0 (+0.0, +0.0, +0.0) | "
                 "4.0 ± 1.4 | +3.0 ± 1.4 (+4.0, +3.0, +1.0) | 52.7 |\n") in text
+        drawn, small = [], Image.new("RGB", (9, 9))         # its curves, and who they are
+        with patched(curves, panel=lambda title, lines: drawn.append(lines) or small,
+                     legend=lambda labels, width: drawn.append(labels) or small):
+            reproduce.convergence(reproduce.report(args)[1])
+        assert drawn[0]["+ decoder"] == [(1, 0), (2, 0.04)]
+        assert drawn[1] == [row.label for row in reproduce.PARTS]
         fits = [reproduce.finetuning(args, reproduce.PARTS[3], "depth", s) for s in range(4)]
         starts = [f.argv[f.argv.index("--init") + 1] for f in fits]
         assert starts[0] == starts[3] and len(set(starts)) == 3
@@ -4719,14 +4795,18 @@ def test_flags():
     for script, paper in (
             (pretrain, dict(preset="base", epochs=600, warmup_epochs=40, mask_ratio=0.75,
                             batch_size=64, norm_pix=False, weight_decay=0.05, mask="random")),
-            (finetune_seg, dict(steps=160_000, size=640, points=12544, lr=1e-4, clip=0.01)),
+            (finetune_seg, dict(steps=160_000, size=640, points=12544, lr=1e-4, clip=0.01,
+                                batch_size=2, backbone_lr=0.1, drop_path=0.3, weight_decay=0.05,
+                                query_lr=1, head_lr=1)),
             (finetune_det, dict(epochs=50, size=800, queries=300, many_queries=1500, repeats=6,
                                 batch_size=2, lr=2e-4, backbone_lr=0.1, weight_decay=0.05,
                                 clip=0.1, drop_path=0.2)),
             (finetune_depth, dict(steps=38_400, batch_size=2, queries=64, crop=[416, 544], lr=1e-4,
-                                  weight_decay=0.01, clip=35)),
+                                  weight_decay=0.01, clip=35, backbone_lr=1, drop_path=0.3,
+                                  min_depth=1e-3, max_depth=10)),
             (finetune_pose, dict(epochs=210, size=[256, 192], batch_size=64, lr=5e-4, sigma=2,
-                                 zoom=0.5, rotation=40, clip=1))):
+                                 zoom=0.5, rotation=40, clip=1, backbone_lr=1, drop_path=0.3,
+                                 weight_decay=0.1, warmup_steps=500))):
         args = vars(training.parse(script.flags(), script.PRESETS, ["--data", "x"]))
         assert args | paper == args, script
     for script in finetune_det, finetune_pose:              # H-DETR's and ViTPose's, of large ones
@@ -4801,6 +4881,15 @@ def test_pose_loop_does_what_it_says():
 
 def test_reproduce_gives_its_runs_the_flags():
     args = reproduce.flags().parse_args(["table4"])
+
+    def epochs(row):
+        argv = reproduce.pretraining(args, row, 0).argv
+        return training.parse(pretrain.flags(), pretrain.PRESETS, argv).epochs
+    assert [epochs(row) for row in reproduce.TABLES["table7"][1]] == [10] * 5
+    assert [epochs(row) for row in reproduce.TABLES["decoder"][1][::2]] == [6, 20, 30, 60, 180, 20]
+    argv = reproduce.finetuning(args, reproduce.PARTS[3], "depth", 4).argv
+    start = Path(argv[argv.index("--init") + 1])
+    assert start.parts[-4:] == ("pretrain", "recipe", "1", "best.pt")
     for row in reproduce.PARTS:
         argv = [*reproduce.finetuning(args, row, "depth", 1).argv, "--load", "END"]
         assert argv[argv.index("--load") + 1] == (row.load or "END")
@@ -4859,6 +4948,8 @@ def test_only_training_drops_paths():
 def test_flags_of_data_arrive():
     for script in FINETUNING:
         assert len(opened_by(script, "--data-fraction", 0.5)[0].source) == 4, script
+    for script in (*FINETUNING, pretrain):
+        assert [part.seed for part in opened_by(script, "--seed", 5)] == [5, 5], script
     crop = next(t for t in opened_by(finetune_depth, "--crop", 48, 64)[0].transform.transforms
                 if isinstance(t, data.CropToFit))
     assert (crop.height, crop.width) == (48, 64)

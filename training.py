@@ -249,7 +249,7 @@ def pick_device(name="auto", local_rank=0):
     name, _, number = str(name).partition(":")
     if name not in ("auto", "cpu", "cuda", "mps") or not (number or "0").isdecimal():
         raise InputError(f"--device {name}: give auto, cpu, cuda or mps")
-    local_rank = int(number or local_rank)
+    given, local_rank = bool(number), int(number or local_rank)
     if name == "mps":
         if not torch.backends.mps.is_available():
             raise InputError("--device mps: torch finds no Apple GPU here; leave the flag out")
@@ -261,6 +261,9 @@ def pick_device(name="auto", local_rank=0):
     if not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA GPU; leave the flag out, or install "
                          "torch for CUDA and the driver")
+    if local_rank >= torch.cuda.device_count() and given:
+        raise InputError(f"--device {name}:{number}: this machine has {torch.cuda.device_count()} "
+                         "GPU(s), counted from 0")
     if local_rank >= torch.cuda.device_count():
         raise InputError(f"--nproc_per_node: more processes than the {torch.cuda.device_count()} "
                          "GPUs of this machine; start one per GPU")

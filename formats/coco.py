@@ -267,8 +267,8 @@ def alike(root, below, name):
 def parse_object(entry, count, masks):
     """One annotation -> (box xyxy, area, crowd, joints or None, segmentation or None).
     A missing iscrowd means 0, a missing area that of the box, missing joints that none is labelled;
-    count: number of joints, 0 for none. Without a box, the labelled joints span it. Raises one of
-    BAD for an invalid entry."""
+    count: number of joints, 0 for none. A box of no area is that of the labelled joints, if there
+    are two, or with `masks` of the polygons. Raises one of BAD for an invalid entry."""
     box = entry["bbox"] if not count else entry.get("bbox") or [0, 0, 0, 0]
     x, y, w, h = numbers("bbox", box, 4)
     require(w >= 0 and h >= 0, f"its box {box} has a negative side")
@@ -284,8 +284,6 @@ def parse_object(entry, count, masks):
             (x, y), (w, h) = clicked.min(0).tolist(), (np.ptp(clicked, 0) + 1).tolist()
         if not default(entry, "area", 0):                   # OKS divides by the area
             entry = entry | {"area": None}
-    area = numbers("area", [default(entry, "area", w * h)], limit=1e12)[0]
-    require(area >= 0, f"its area is {area}")
     if masks:
         shape = entry["segmentation"]
         require(shape is not None, "has no segmentation, only a box")
@@ -296,12 +294,17 @@ def parse_object(entry, count, masks):
             shape = [np.array(numbers("polygon", s), np.float64) for s in shape]
             require(all(len(s) >= 6 and len(s) % 2 == 0 for s in shape),
                     "a polygon needs three points or more")
+            if w * h == 0:
+                points = np.concatenate(shape).reshape(-1, 2)
+                (x, y), (w, h) = points.min(0).tolist(), np.ptp(points, 0).tolist()
         else:
             require(isinstance(shape, dict) and type(shape["counts"]) in (list, str)
                     and isinstance(shape["size"], list), "its segmentation is no mask")
             shape = shape | {"size": [as_number(n) for n in shape["size"]]}
             if isinstance(shape["counts"], list):
                 shape["counts"] = [as_number(n) for n in shape["counts"]]
+    area = numbers("area", [default(entry, "area", w * h)], limit=1e12)[0]
+    require(area >= 0, f"its area is {area}")
     return (x, y, x + w, y + h), area, bool(crowd), joints, shape
 
 

@@ -419,8 +419,8 @@ def shows(record):
 
 
 def left_out(record):
-    """Objects of a photo that are not learned: {reason: bool [N]}. Crowds are not graded either;
-    the others are, as by COCO's own tool."""
+    """Objects of a photo that are not learned: {reason: bool [N]}. Crowds and objects without a
+    labelled joint are not graded either; the others are, as by COCO's own tool."""
     labels, size = record["labels"], record["size"][::-1]
     boxes = labels["boxes"]
     found = {"crowds (iscrowd 1)": labels["iscrowd"],
