@@ -43,6 +43,7 @@ from scipy import ndimage
 
 import attention
 import batching
+import bench
 import checkpoints
 import curves
 import data
@@ -453,6 +454,14 @@ def test_bench_of_a_card_runs():
     plan = throughput.planning(TINY, 16, 2)
     assert plan["layout_tensors"] == 4 and min(plan["rows_over_perfect"]) >= 1
     assert throughput.loading(TINY, 4)["loaded_images_a_second_a_core"] > 0
+    with patched(throughput, timed=lambda *a: (0, 0.5, 0)):
+        assert throughput.peak_flops(torch.device("cpu"), 10) == 2 * 10 ** 3 / 0.5
+    clock, args = [0.0], argparse.Namespace(parts=["step"], rounds=3, batch_size=1, json=True)
+    runs = {name: lambda b, s=s: clock.append(clock[-1] + s)
+            for name, s in (("dense", 4), ("step", 1))}
+    with patched(bench, contestants=lambda *a: runs), patched(
+            bench.time, perf_counter=lambda: clock[-1]):
+        assert bench.against_dense(args, TINY, None) == {"step_over_dense": 0.25}
 
 
 def test_drop_path_keeps_expectation():
@@ -3681,7 +3690,8 @@ def test_evaluation_needs_the_same_meaning():
                         ("depth", ["--min-depth", 0.5]), ("segmentation", ["--tasks", "semantic"]),
                         ("pose", ["--sigma", 2]), ("detection", ["--window", 6]),
                         ("pose", ["--decoder-layers", 6]), ("segmentation", ["--queries", 9]),
-                        ("pretraining", ["--decoder-layers", 6])):
+                        ("pretraining", ["--decoder-layers", 6]),
+                        ("pretraining", ["--no-norm-pix"])):
         with folder() as at, quiet():
             untrained(task, at)
             script, *flags = ASKED[task]
@@ -3691,7 +3701,7 @@ def test_evaluation_needs_the_same_meaning():
                 assert script.main(args_for(script, *flags))["step"] == 1
                 (at / "samples").unlink()
             assert script.main(args_for(script, *flags, "--batch-size", 99))["step"] == 1
-            with raises(InputError, wrong[0], "best.pt"):
+            with raises(InputError, wrong[0].replace("no-norm", "norm"), "best.pt"):
                 script.main(args_for(script, *flags, *wrong))
             if task == "detection":             # the same weights may be graded at another size
                 with contextlib.redirect_stdout(io.StringIO()) as said:
@@ -4477,6 +4487,13 @@ def test_attention_is_the_decoders():
         assert picture.width > 4 * 100 and picture.height > 100
         with raises(InputError, "--queries 999"):
             attention.attention(model, photo, model(photo), [999])
+    model, queries, titles, real = asked("pretraining"), [], [], attention.weights
+    with attention.recorded(model.network.glid.decoder) as raw, patched(
+            attention, weights=lambda m, q, k: queries.append(q) or real(m, q, k)), patched(
+            pictures, titled=lambda images, words: titles.append(words) or images[0]):
+        attention.attention(model, photo, {}, [1])
+    assert torch.equal(queries[0][:, 0], raw[0][1][:, 2])       # behind those of [CLS] and unit 0
+    assert titles[0][1:] == ["1/16", "1/8", "1/4"]
 
 
 def test_pose_asks_for_persons():
@@ -5036,7 +5053,11 @@ def test_numbers_of_pretraining():
     net, val = Pretrainer(TINY, norm_pix=True), data.open_pretraining("toyworld:3:3", TINY)[1]
     images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
     net.forward = lambda x, tokens: [net.target(x, tokens.hidden_units)] * 2    # the truth
-    assert (pretrain.fill(net, images, masked(2, 4, 12))[2].int() - images.int()).abs().max() <= 1
+    layout = masked(2, 4, 12)
+    _, seen, filled, _ = pretrain.fill(net, images, layout)
+    assert (filled.int() - images.int()).abs().max() <= 1
+    hidden = M.split_units(seen, TINY.unit)[tuple(layout.hidden_units.long().unbind(1))]
+    assert hidden.amax((0, 2, 3)).tolist() == hidden.amin((0, 2, 3)).tolist() == [123, 116, 103]
     net.forward = lambda x, tokens: [net.target(x, tokens.hidden_units) + k for k in (1, 0)]
     args = args_for(pretrain, "--batch-size", 2, "--workers", 0)
     assert abs(pretrain.evaluate(net, val, args, training.Run(torch.device("cpu"))) - 1) < 1e-5
