@@ -867,6 +867,9 @@ def test_folders_of_photos():
         assert {f.parent.name for s in sets for f in files.paths_of(s.source)} == {"0", "1"}
         exported(at / "nyu", "nyu", 3)                      # of lists the photos, not the depth
         assert [f.split("/")[-1][:3] for part in opened("nyu") for f in part] == ["rgb"] * 6
+        for name in ("train2017/a.jpg", "val2017/b.jpg", "annotations/panoptic_train2017/a.png"):
+            write_photo(at / "coco" / name)                 # nor COCO's maps
+        assert opened("coco") == [["train2017/a.jpg"], ["val2017/b.jpg"]]
         tracemalloc.start()                                 # a path takes little memory
         photos = data.Photos(at / f"train/n01440764/{i}.JPEG" for i in range(20_000))
         taken = tracemalloc.get_traced_memory()[0]
@@ -3519,6 +3522,7 @@ def work_together(at, processes=2):
                 script.main(args_for(script, *flags[:-1], flags[-1] / script.__name__))
             rank = torch.distributed.get_rank() if processes == 2 else 0
             assert {number for *_, number in drawn} <= {rank} and set(map(len, drawn)) <= {3}
+            assert drawn or "--eval" in flags
     if processes == 2:
         flags = ["--data", "toyworld:8", "--batch-size", 4, "--workers", 0, "--lr", 1e30]
         launch(pretrain.main, args_for(pretrain, *flags, "--out", Path(at, "fails")))

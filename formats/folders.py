@@ -103,7 +103,8 @@ def photo_folders(root, ours=None):
         pairs = split_folders(root, split, PHOTOS, LABELS + DEPTHS)
         places = (photos if photos and (labels or not p) else p
                   for p, (photos, labels) in zip(plain, pairs))
-        found.append(next(filter(None, places), None))
+        years = [p for p in root.glob(f"{split}[12][0-9][0-9][0-9]") if p.is_dir()]     # COCO's
+        found.append(next(filter(None, (*places, *years * (len(years) == 1))), None))
     if found[0] and not found[1] and found[0].parent == root:       # a class may be called train
         others = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != "."
                         and p != found[0] and p.name not in LABELS + DEPTHS
